@@ -1,0 +1,1 @@
+"""mlxgpt: train and sample a small GPT with MLX."""
