@@ -26,12 +26,13 @@ using mlxgpt::Rows;
 
 constexpr int kPanel = kTileVecs * kLanes;
 
-// A tile of 64 keys with 64 elements is 16 KB, and a panel's queries, scores and outputs 4 KB each:
-// they share a 32 KB L1. 64 queries use a tile of keys before it is left, so that keys from L3 or
-// memory cost a byte for every 64 multiply-adds or so; and the backward pass's eleven 64 x 64 matrices
-// (180 KB) fit the smallest usual L2 of 256 KB.
-constexpr int kQueryBlock = 64;
-constexpr int kKeyTile = 64;
+// A tile of keys is read as a whole for every panel of a block of queries, so it should come from L2:
+// 128 keys of 64 elements are 32 KB, values as much again; and 128 queries use a tile before it is left,
+// which is so much work that it may come from memory at first. The backward pass has two 128 x 128
+// matrices of pairs and eight of 128 x 64 at hand, 400 KB, in an L2 of 512 KB or more. What the inner loop
+// reads again and again, a panel of queries, scores and outputs, is 4 to 8 KB each and stays in L1.
+constexpr int kQueryBlock = 128;
+constexpr int kKeyTile = 128;
 static_assert(kQueryBlock % kPanel == 0, "a block of queries is whole panels");
 static_assert(kKeyTile % 4 == 0, "the dropout generator makes numbers for four keys at once");
 
@@ -76,22 +77,67 @@ inline bool pack_rows(Rows from, int first, int n, int D, float* to, int ld) {
     return sum(finite) + finite_rest == 0.0F;
 }
 
-/// Panels of queries with the lanes across them: to[panel][d][lane] = factor * rows[i][d].
-inline void pack_panels(const float* rows, int ld, int n, int D, float factor, float* to) {
-    for (int i0 = 0; i0 < n; i0 += kPanel, to += static_cast<ptrdiff_t>(D) * kPanel)
-        for (int lane = 0; lane < kPanel; ++lane)
-            for (int d = 0; d < D; ++d)
-                to[d * kPanel + lane] =
-                    i0 + lane < n ? factor * rows[static_cast<ptrdiff_t>(i0 + lane) * ld + d] : 0.0F;
-}
-
-/// The way back, into the caller's rows; each query is multiplied by its factor.
-inline void write_panel(const float* panel, int n, int D, const float* factor, Rows to, int first) {
-    for (int lane = 0; lane < n; ++lane) {
-        float* row = to.data + (first + lane) * to.stride;
-        for (int d = 0; d < D; ++d) row[d] = panel[d * kPanel + lane] * factor[lane];
+/// Panels of queries with the lanes across them: to[panel][d][lane] = factor * rows[i][d]. Rows are of ld
+/// elements, whole vectors; those of the last panel beyond n are made 0 first.
+inline void pack_panels(float* rows, int ld, int n, float factor, float* to) {
+    const int n_lanes = round_up(n, kPanel);
+    for (int x = n * ld; x < n_lanes * ld; x += kLanes) store(rows + x, set(0.0F));
+    for (int i = 0; i < n_lanes; i += kLanes) {
+        float* lanes = to + static_cast<ptrdiff_t>(i / kPanel) * ld * kPanel + i % kPanel;
+        for (int d = 0; d < ld; d += kLanes) {
+            Vec x[kLanes];
+            for (int r = 0; r < kLanes; ++r) x[r] = set(factor) * load(rows + (i + r) * ld + d);
+            transpose(x);
+            for (int c = 0; c < kLanes; ++c) store(lanes + (d + c) * kPanel, x[c]);
+        }
     }
 }
+
+/// The way back, n queries of a panel into the caller's rows of D elements, each times its factor.
+inline void write_panel(const float* panel, int n, int D, const float* factors, Rows to, int first) {
+    for (int lane = 0; lane < n; lane += kLanes)
+        for (int d = 0; d < D; d += kLanes) {
+            Vec x[kLanes];
+            for (int c = 0; c < kLanes; ++c)
+                x[c] = load(panel + (d + c) * kPanel + lane) * load(factors + lane);
+            transpose(x);
+            for (int r = 0; r < least(kLanes, n - lane); ++r) {
+                float* row = to.data + (first + lane + r) * to.stride + d;
+                if (d + kLanes <= D) {
+                    store(row, x[r]);
+                    continue;
+                }
+                float last[kLanes];
+                store(last, x[r]);
+                for (int c = 0; c < D - d; ++c) row[c] = last[c];
+            }
+        }
+}
+
+/// A head's keys and values, packed in rows of ld as far as queries have come to see them.
+struct PackedKeys {
+    int ld;                      // D, filled up to whole vectors
+    float *k, *v;                // [T_k][ld]
+    float *k_finite, *v_finite;  // a flag for each tile
+    int n = 0;                   // keys that are there: a multiple of kKeyTile, or T_k
+
+    PackedKeys(Arena& arena, int T_k, int D) : ld(round_up(D, kLanes)) {
+        k = arena.take(static_cast<size_t>(T_k) * ld);
+        v = arena.take(static_cast<size_t>(T_k) * ld);
+        k_finite = arena.take(static_cast<size_t>(T_k) / kKeyTile + 1);
+        v_finite = arena.take(static_cast<size_t>(T_k) / kKeyTile + 1);
+    }
+
+    void extend(const AttentionHead& head, int n_seen) {
+        for (; n < n_seen; n += kKeyTile) {
+            const int tile = n / kKeyTile;
+            const int rows = least(kKeyTile, head.T_k - n);
+            const ptrdiff_t at = static_cast<ptrdiff_t>(n) * ld;
+            k_finite[tile] = pack_rows(head.k, n, rows, head.D, k + at, ld) ? 1.0F : 0.0F;
+            v_finite[tile] = pack_rows(head.v, n, rows, head.D, v + at, ld) ? 1.0F : 0.0F;
+        }
+    }
+};
 
 // ---- which pairs of query and key exist ----
 
@@ -131,24 +177,21 @@ inline void dropout_factors(const AttentionHead& head, int i0, int j0, int n, fl
 
 // ---- forward ----
 
-/// What a block of queries carries along its keys, and the keys and values of the head.
+/// What a block of queries carries along its keys.
 struct ForwardScratch {
     Arena arena;
-    int ld;                   // elements of a packed row: D, filled up to whole vectors
-    float *k, *v;             // [T_k][ld]
-    float* v_finite;          // a flag for each tile of v
+    PackedKeys keys;
+    int ld;
     float* q_rows;            // [kQueryBlock][ld]
-    float *q, *out;           // panels of [D][kPanel]
+    float *q, *out;           // panels of [ld][kPanel]
     float *maximum, *sum;     // [kQueryBlock]; scores are in units of log 2
     float *scores, *factors;  // [kKeyTile][kPanel]
 
-    ForwardScratch(float* base, int T_k, int D) : arena{base}, ld(round_up(D, kLanes)) {
-        k = arena.take(static_cast<size_t>(T_k) * ld);
-        v = arena.take(static_cast<size_t>(T_k) * ld);
-        v_finite = arena.take(static_cast<size_t>(T_k) / kKeyTile + 1);
-        q_rows = arena.take(static_cast<size_t>(kQueryBlock) * ld);
-        q = arena.take(static_cast<size_t>(kQueryBlock) * D);
-        out = arena.take(static_cast<size_t>(kQueryBlock) * D);
+    ForwardScratch(float* base, int T_k, int D) : arena{base}, keys(arena, T_k, D), ld(keys.ld) {
+        const size_t block = static_cast<size_t>(kQueryBlock) * ld;
+        q_rows = arena.take(block);
+        q = arena.take(block);
+        out = arena.take(block);
         maximum = arena.take(kQueryBlock);
         sum = arena.take(kQueryBlock);
         scores = arena.take(kKeyTile * kPanel);
@@ -207,19 +250,19 @@ inline void forward_panel(const AttentionHead& head, ForwardScratch& s, int i0, 
     if (n <= 0) return;
     const int D = head.D;
     const int seen = keys_seen(head, i0);
-    const float* k = s.k + static_cast<ptrdiff_t>(j0) * s.ld;
-    const float* v = s.v + static_cast<ptrdiff_t>(j0) * s.ld;
-    float* out = s.out + static_cast<ptrdiff_t>(panel) * D * kPanel;
+    const float* k = s.keys.k + static_cast<ptrdiff_t>(j0) * s.ld;
+    const float* v = s.keys.v + static_cast<ptrdiff_t>(j0) * s.ld;
+    const ptrdiff_t at = static_cast<ptrdiff_t>(panel) * s.ld * kPanel;
+    float* out = s.out + at;
 
-    product<kTileVecs>(n, {k, s.ld, 1}, s.q + static_cast<ptrdiff_t>(panel) * D * kPanel, kPanel, s.scores,
-                       kPanel, D, false);
+    product<kTileVecs>(n, {k, s.ld, 1}, s.q + at, kPanel, s.scores, kPanel, D, false);
     softmax_step(s.scores, n, seen, j0, s.maximum + panel * kPanel, s.sum + panel * kPanel, out, D);
     if (head.dropout > 0.0F) {
         dropout_factors(head, i0, j0, n, s.factors);
         for (int x = 0; x < n * kPanel; x += kLanes)
             store(s.scores + x, load(s.scores + x) * load(s.factors + x));
     }
-    if (j0 + n <= seen || s.v_finite[j0 / kKeyTile] != 0.0F)
+    if (j0 + n <= seen || s.keys.v_finite[j0 / kKeyTile] != 0.0F)
         product<kTileVecs>(D, {v, 1, s.ld}, s.scores, kPanel, out, kPanel, n, true);
     else
         add_visible_values(v, s.ld, s.scores, n, seen, j0, out, D);
@@ -230,24 +273,18 @@ size_t forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).
 void attention_forward(const AttentionHead& head, int first, int step, float* scratch) {
     ForwardScratch s(scratch, head.T_k, head.D);
     const int D = head.D;
-    int packed = 0;  // keys that lie in s.k and s.v by now: as many as the queries so far have seen
     for (int i0 = first * kQueryBlock; i0 < head.T_q; i0 += step * kQueryBlock) {
         const int n_q = least(kQueryBlock, head.T_q - i0);
         const int n_k = least(head.T_k, keys_seen(head, i0 + n_q - 1));
+        s.keys.extend(head, n_k);
         pack_rows(head.q, i0, n_q, D, s.q_rows, s.ld);
-        pack_panels(s.q_rows, s.ld, n_q, D, head.scale * kLog2E, s.q);
+        pack_panels(s.q_rows, s.ld, n_q, head.scale * kLog2E, s.q);
         for (int i = 0; i < kQueryBlock; ++i) {
             s.maximum[i] = -FLT_MAX;
             s.sum[i] = 0.0F;
         }
-        for (int x = 0; x < kQueryBlock * D; ++x) s.out[x] = 0.0F;
+        for (int x = 0; x < kQueryBlock * s.ld; ++x) s.out[x] = 0.0F;
 
-        for (; packed < n_k; packed += kKeyTile) {
-            const int n = least(kKeyTile, head.T_k - packed);
-            const ptrdiff_t at = static_cast<ptrdiff_t>(packed) * s.ld;
-            pack_rows(head.k, packed, n, D, s.k + at, s.ld);
-            s.v_finite[packed / kKeyTile] = pack_rows(head.v, packed, n, D, s.v + at, s.ld) ? 1.0F : 0.0F;
-        }
         for (int j0 = 0; j0 < n_k; j0 += kKeyTile)
             for (int panel = 0; panel * kPanel < n_q; ++panel)
                 forward_panel(head, s, i0 + panel * kPanel, panel, least(kPanel, n_q - panel * kPanel), j0);
@@ -259,7 +296,7 @@ void attention_forward(const AttentionHead& head, int first, int step, float* sc
                 head.lse[i0 + panel * kPanel + i] = kLn2 * (s.maximum[panel * kPanel + i] + log2f(sum[i]));
                 sum[i] = 1.0F / sum[i];
             }
-            write_panel(s.out + static_cast<ptrdiff_t>(panel) * D * kPanel, n, D, sum, head.out,
+            write_panel(s.out + static_cast<ptrdiff_t>(panel) * s.ld * kPanel, n, D, sum, head.out,
                         i0 + panel * kPanel);
         }
     }
@@ -272,23 +309,21 @@ void attention_forward(const AttentionHead& head, int first, int step, float* sc
 struct BackwardScratch {
     static constexpr int kPairs = kQueryBlock + 16;
     Arena arena;
+    PackedKeys keys;
     int ld;
-    float *k, *v;               // [kKeyTile][ld]
     float *q_rows, *dout_rows;  // [kQueryBlock][ld]
-    float *q, *dout, *dq;       // panels of [D][kPanel]
+    float *q, *dout, *dq;       // panels of [ld][kPanel]
     float *lse, *delta;         // [kQueryBlock]
     float *p, *ds;              // [kKeyTile][kPairs]
     float* factors;             // [kKeyTile][kPanel]
 
-    BackwardScratch(float* base, int D) : arena{base}, ld(round_up(D, kLanes)) {
-        const size_t rows = static_cast<size_t>(kQueryBlock) * ld;
-        k = arena.take(static_cast<size_t>(kKeyTile) * ld);
-        v = arena.take(static_cast<size_t>(kKeyTile) * ld);
-        q_rows = arena.take(rows);
-        dout_rows = arena.take(rows);
-        q = arena.take(static_cast<size_t>(kQueryBlock) * D);
-        dout = arena.take(static_cast<size_t>(kQueryBlock) * D);
-        dq = arena.take(static_cast<size_t>(kQueryBlock) * D);
+    BackwardScratch(float* base, int T_k, int D) : arena{base}, keys(arena, T_k, D), ld(keys.ld) {
+        const size_t block = static_cast<size_t>(kQueryBlock) * ld;
+        q_rows = arena.take(block);
+        dout_rows = arena.take(block);
+        q = arena.take(block);
+        dout = arena.take(block);
+        dq = arena.take(block);
         lse = arena.take(kQueryBlock);
         delta = arena.take(kQueryBlock);
         p = arena.take(kKeyTile * kPairs);
@@ -305,9 +340,10 @@ inline void backward_pairs(const AttentionHead& head, BackwardScratch& s, int i0
     constexpr int kPairs = BackwardScratch::kPairs;
     float* p = s.p + panel * kPanel;
     float* ds = s.ds + panel * kPanel;
-    const ptrdiff_t at = static_cast<ptrdiff_t>(panel) * D * kPanel;
-    product<kTileVecs>(n, {s.k, s.ld, 1}, s.q + at, kPanel, p, kPairs, D, false);
-    product<kTileVecs>(n, {s.v, s.ld, 1}, s.dout + at, kPanel, ds, kPairs, D, false);
+    const ptrdiff_t of_panel = static_cast<ptrdiff_t>(panel) * s.ld * kPanel;
+    const ptrdiff_t of_tile = static_cast<ptrdiff_t>(j0) * s.ld;
+    product<kTileVecs>(n, {s.keys.k + of_tile, s.ld, 1}, s.q + of_panel, kPanel, p, kPairs, D, false);
+    product<kTileVecs>(n, {s.keys.v + of_tile, s.ld, 1}, s.dout + of_panel, kPanel, ds, kPairs, D, false);
     if (head.dropout > 0.0F) dropout_factors(head, i0, j0, n, s.factors);
 
     for (int v = 0; v < kTileVecs; ++v) {
@@ -355,15 +391,16 @@ inline void add_to_keys(const float* w, int n, int hidden, int n_q, const float*
 /// add_visible_values.
 inline void add_visible_pairs(const AttentionHead& head, BackwardScratch& s, int i0, int n_q, int j0, int n,
                               float* dk, float* dv) {
+    const float* k = s.keys.k + static_cast<ptrdiff_t>(j0) * s.ld;
     for (int i = 0; i < n_q; ++i) {
-        float* dq = s.dq + static_cast<ptrdiff_t>(i / kPanel) * head.D * kPanel + i % kPanel;
+        float* dq = s.dq + static_cast<ptrdiff_t>(i / kPanel) * s.ld * kPanel + i % kPanel;
         for (int j = 0; j < least(n, keys_seen(head, i0 + i) - j0); ++j) {
             const float p = s.p[j * BackwardScratch::kPairs + i];
             const float ds = s.ds[j * BackwardScratch::kPairs + i];
             for (int d = 0; d < head.D; ++d) {
                 dv[j * s.ld + d] += p * s.dout_rows[i * s.ld + d];
                 dk[j * s.ld + d] += ds * s.q_rows[i * s.ld + d];
-                dq[d * kPanel] += ds * s.k[j * s.ld + d];
+                dq[d * kPanel] += ds * k[j * s.ld + d];
             }
         }
     }
@@ -374,8 +411,8 @@ inline void backward_tile(const AttentionHead& head, BackwardScratch& s, int i0,
                           float* dk, float* dv) {
     const int D = head.D;
     const int n_tile = visible_keys(head, i0, n_q, j0);
-    finite &= pack_rows(head.k, j0, n_tile, D, s.k, s.ld);
-    pack_rows(head.v, j0, n_tile, D, s.v, s.ld);
+    const float* k = s.keys.k + static_cast<ptrdiff_t>(j0) * s.ld;
+    finite &= s.keys.k_finite[j0 / kKeyTile] != 0.0F;
     const bool whole = j0 + n_tile <= keys_seen(head, i0);  // every query sees every key
 
     for (int panel = 0; panel * kPanel < n_q; ++panel) {
@@ -398,8 +435,8 @@ inline void backward_tile(const AttentionHead& head, BackwardScratch& s, int i0,
     for (int panel = 0; panel * kPanel < n_q; ++panel) {
         const int n = visible_keys(head, i0 + panel * kPanel, least(kPanel, n_q - panel * kPanel), j0);
         if (n > 0)
-            product<kTileVecs>(D, {s.k, 1, s.ld}, s.ds + panel * kPanel, BackwardScratch::kPairs,
-                               s.dq + static_cast<ptrdiff_t>(panel) * D * kPanel, kPanel, n, true);
+            product<kTileVecs>(D, {k, 1, s.ld}, s.ds + panel * kPanel, BackwardScratch::kPairs,
+                               s.dq + static_cast<ptrdiff_t>(panel) * s.ld * kPanel, kPanel, n, true);
     }
 }
 
@@ -409,8 +446,8 @@ inline bool load_queries(const AttentionHead& head, BackwardScratch& s, int i0, 
     const int D = head.D;
     bool finite = pack_rows(head.q, i0, n_q, D, s.q_rows, s.ld);
     finite &= pack_rows(head.dout, i0, n_q, D, s.dout_rows, s.ld);
-    pack_panels(s.q_rows, s.ld, n_q, D, head.scale * kLog2E, s.q);
-    pack_panels(s.dout_rows, s.ld, n_q, D, 1.0F, s.dout);
+    pack_panels(s.q_rows, s.ld, n_q, head.scale * kLog2E, s.q);
+    pack_panels(s.dout_rows, s.ld, n_q, 1.0F, s.dout);
     for (int i = 0; i < kQueryBlock; ++i) {
         s.lse[i] = i < n_q ? head.lse[i0 + i] * kLog2E : INFINITY;
         s.delta[i] = 0.0F;
@@ -426,13 +463,13 @@ inline bool load_queries(const AttentionHead& head, BackwardScratch& s, int i0, 
     return finite;
 }
 
-size_t backward_scratch(int, int D) { return BackwardScratch(nullptr, D).arena.used; }
+size_t backward_scratch(int T_k, int D) { return BackwardScratch(nullptr, T_k, D).arena.used; }
 
 /// dk, then dv, as T_k rows of whole vectors.
 size_t kv_sums(int T_k, int D) { return 2 * static_cast<size_t>(T_k) * round_up(D, kLanes); }
 
 void attention_backward(const AttentionHead& head, int first, int step, float* scratch, float* sums) {
-    BackwardScratch s(scratch, head.D);
+    BackwardScratch s(scratch, head.T_k, head.D);
     const int D = head.D;
     float* dk = sums;
     float* dv = sums + static_cast<ptrdiff_t>(head.T_k) * s.ld;
@@ -444,13 +481,14 @@ void attention_backward(const AttentionHead& head, int first, int step, float* s
         const int n_q = least(kQueryBlock, head.T_q - i0);
         const int n_k = least(head.T_k, keys_seen(head, i0 + n_q - 1));
         const bool finite = load_queries(head, s, i0, n_q);
-        for (int x = 0; x < kQueryBlock * D; ++x) s.dq[x] = 0.0F;
+        s.keys.extend(head, n_k);
+        for (int x = 0; x < kQueryBlock * s.ld; ++x) s.dq[x] = 0.0F;
         for (int j0 = 0; j0 < n_k; j0 += kKeyTile) {
             const ptrdiff_t at = static_cast<ptrdiff_t>(j0) * s.ld;
             backward_tile(head, s, i0, n_q, j0, finite, dk + at, dv + at);
         }
         for (int i = 0; i < n_q; i += kPanel)
-            write_panel(s.dq + static_cast<ptrdiff_t>(i) * D, least(kPanel, n_q - i), D, factors, head.dq,
+            write_panel(s.dq + static_cast<ptrdiff_t>(i) * s.ld, least(kPanel, n_q - i), D, factors, head.dq,
                         i0 + i);
     }
 }

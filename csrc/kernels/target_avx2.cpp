@@ -42,6 +42,25 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.x), shift))};
 }
 
+/// Turns 8 rows of 8 around: x[c] gets the c-th element of each.
+inline void transpose(Vec (&x)[kLanes]) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {  // pairs of rows, interleaved
+        t[i] = _mm256_unpacklo_ps(x[i].x, x[i + 1].x);
+        t[i + 1] = _mm256_unpackhi_ps(x[i].x, x[i + 1].x);
+    }
+    for (int i = 0; i < 8; i += 4) {  // fours of rows
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+        x[i].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        x[i + 4].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
+
 struct UVec {
     __m256i x;
 };

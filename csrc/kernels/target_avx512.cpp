@@ -35,6 +35,31 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.x), shift))};
 }
 
+/// Turns 16 rows of 16 around: x[c] gets the c-th element of each.
+inline void transpose(Vec (&x)[kLanes]) {
+    __m512 t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {  // pairs of rows, interleaved
+        t[i] = _mm512_unpacklo_ps(x[i].x, x[i + 1].x);
+        t[i + 1] = _mm512_unpackhi_ps(x[i].x, x[i + 1].x);
+    }
+    for (int i = 0; i < 16; i += 4) {  // fours of rows: u[i + c] has column c of each quarter
+        u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+        u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int c = 0; c < 4; ++c) {  // a 4 x 4 transpose of quarters
+        const __m512 even_low = _mm512_shuffle_f32x4(u[c], u[c + 4], 0x88);
+        const __m512 odd_low = _mm512_shuffle_f32x4(u[c], u[c + 4], 0xDD);
+        const __m512 even_high = _mm512_shuffle_f32x4(u[c + 8], u[c + 12], 0x88);
+        const __m512 odd_high = _mm512_shuffle_f32x4(u[c + 8], u[c + 12], 0xDD);
+        x[c].x = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+        x[c + 4].x = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+        x[c + 8].x = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
+        x[c + 12].x = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
+    }
+}
+
 struct UVec {
     __m512i x;
 };

@@ -40,6 +40,18 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.x), shift))};
 }
 
+/// Turns 4 rows of 4 around: x[c] gets the c-th element of each.
+inline void transpose(Vec (&x)[kLanes]) {
+    const float32x4_t a = vzip1q_f32(x[0].x, x[2].x);  // elements 0, 1 of rows 0 and 2
+    const float32x4_t b = vzip2q_f32(x[0].x, x[2].x);
+    const float32x4_t c = vzip1q_f32(x[1].x, x[3].x);
+    const float32x4_t d = vzip2q_f32(x[1].x, x[3].x);
+    x[0].x = vzip1q_f32(a, c);
+    x[1].x = vzip2q_f32(a, c);
+    x[2].x = vzip1q_f32(b, d);
+    x[3].x = vzip2q_f32(b, d);
+}
+
 struct UVec {
     uint32x4_t x;
 };

@@ -40,6 +40,8 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return a;
 }
 
+inline void transpose(Vec (&)[kLanes]) {}
+
 struct UVec {
     uint32_t x;
 };
