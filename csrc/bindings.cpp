@@ -3,9 +3,10 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -211,6 +212,18 @@ void py_dropout_mask(const py::buffer& mask_, double dropout, uint64_t seed) {
     dropout_mask(call, data);
 }
 
+/// GFLOP/s that all threads reach together with multiply-adds alone.
+double py_fma_peak(int n) {
+    if (n < 1) fail("fma_peak", "n is " + std::to_string(n) + ", expected at least 1");
+    const py::gil_scoped_release release;
+    const Kernels& isa = kernels();
+    std::vector<double> operations(num_threads());
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(num_threads(), [&](int index, int) { operations[index] = isa.fma_burst(n); });
+    const std::chrono::duration<double, std::nano> time = std::chrono::steady_clock::now() - start;
+    return std::accumulate(operations.begin(), operations.end(), 0.0) / time.count();
+}
+
 }  // namespace
 }  // namespace mlxgpt
 
@@ -245,4 +258,7 @@ by tile: the extra memory is O(T_k * head_dim) a thread.)");
     m.def("dropout_mask", &py_dropout_mask, "mask"_a, "dropout"_a, "seed"_a,
           "Writes the factors 0 or 1 / (1 - dropout) that attention uses: mask is (B, n_head, T_q, T_k), "
           "contiguous.");
+    m.def(
+        "fma_peak", &py_fma_peak, "n"_a = 5000000,
+        "GFLOP/s that all threads reach with n multiply-adds in each register of a block and nothing else.");
 }

@@ -54,4 +54,18 @@ inline void product(int rows, Broadcast a, const float* b, ptrdiff_t ldb, float*
     last_rows<kTileRows - 1, V>(rows, a, b, ldb, c, ldc, n_k, add);
 }
 
+/// The block product without its loads.
+double fma_burst(int n) {
+    constexpr int kSums = kTileRows * kTileVecs;
+    Vec sums[kSums];
+    for (int i = 0; i < kSums; ++i) sums[i] = set(static_cast<float>(i));
+    const Vec x = set(0.999F);
+    const Vec y = set(0.001F);
+    for (int k = 0; k < n; ++k)
+        for (int i = 0; i < kSums; ++i) sums[i] = fma(x, sums[i], y);
+    volatile float kept = 0.0F;  // so that the compiler can't leave the loop out
+    for (int i = 0; i < kSums; ++i) kept = kept + sum(sums[i]);
+    return 2.0 * n * kSums * kLanes;
+}
+
 }  // namespace
