@@ -203,34 +203,36 @@ struct ForwardScratch {
 /// up to date, and multiplies its outputs by what the old maximum was too small.
 inline void softmax_step(float* scores, int n, int seen_by_first, int j0, float* maximum, float* total,
                          float* out, int D) {
-    for (int v = 0; v < kTileVecs; ++v) {
-        float* column = scores + v * kLanes;
-        const Vec before = load(maximum + v * kLanes);
-        Vec now = before;
-        const int n_full = most(0, least(n, seen_by_first - j0));
-        for (int j = 0; j < n_full; ++j) now = max(load(column + j * kPanel), now);
-        for (int j = n_full; j < n; ++j) {
-            const Vec s =
-                select(visible(seen_by_first, j0 + j, v), load(column + j * kPanel), set(-INFINITY));
-            store(column + j * kPanel, s);
-            now = max(s, now);
+    const int n_full = most(0, least(n, seen_by_first - j0));  // keys that all queries see
+    Vec now[kTileVecs], shrink[kTileVecs], sums[kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v) now[v] = load(maximum + v * kLanes);
+    for (int j = 0; j < n_full; ++j)
+        for (int v = 0; v < kTileVecs; ++v) now[v] = max(load(scores + j * kPanel + v * kLanes), now[v]);
+    for (int j = n_full; j < n; ++j)
+        for (int v = 0; v < kTileVecs; ++v) {
+            float* score = scores + j * kPanel + v * kLanes;
+            store(score, select(visible(seen_by_first, j0 + j, v), load(score), set(-INFINITY)));
+            now[v] = max(load(score), now[v]);
         }
+    for (int v = 0; v < kTileVecs; ++v) {
         // The maximum starts at -FLT_MAX instead of -inf: a query whose scores are all -inf so far
         // gets exp(-inf + FLT_MAX) = 0 here, not exp(-inf + inf).
-        const Vec shrink = exp2_nonpositive(before - now);
-        Vec sums = load(total + v * kLanes) * shrink;
-        for (int j = 0; j < n; ++j) {
-            const Vec p = exp2_nonpositive(load(column + j * kPanel) - now);
-            store(column + j * kPanel, p);
-            sums = sums + p;
-        }
-        store(maximum + v * kLanes, now);
-        store(total + v * kLanes, sums);
-        for (int d = 0; d < D; ++d) {
-            float* o = out + d * kPanel + v * kLanes;
-            store(o, load(o) * shrink);
-        }
+        shrink[v] = exp2_nonpositive(load(maximum + v * kLanes) - now[v]);
+        sums[v] = load(total + v * kLanes) * shrink[v];
+        store(maximum + v * kLanes, now[v]);
     }
+    for (int j = 0; j < n; ++j)
+        for (int v = 0; v < kTileVecs; ++v) {
+            const Vec p = exp2_nonpositive(load(scores + j * kPanel + v * kLanes) - now[v]);
+            store(scores + j * kPanel + v * kLanes, p);
+            sums[v] = sums[v] + p;
+        }
+    for (int v = 0; v < kTileVecs; ++v) store(total + v * kLanes, sums[v]);
+    for (int d = 0; d < D; ++d)
+        for (int v = 0; v < kTileVecs; ++v) {
+            float* o = out + d * kPanel + v * kLanes;
+            store(o, load(o) * shrink[v]);
+        }
 }
 
 /// out[d][lane] += v[j][d] * p[j][lane] over the pairs that exist, one by one. In a tile on the
@@ -255,7 +257,7 @@ inline void forward_panel(const AttentionHead& head, ForwardScratch& s, int i0, 
     const ptrdiff_t at = static_cast<ptrdiff_t>(panel) * s.ld * kPanel;
     float* out = s.out + at;
 
-    product<kTileVecs>(n, {k, s.ld, 1}, s.q + at, kPanel, s.scores, kPanel, D, false);
+    product<kTileVecs>(n, Plain{k, s.ld}, s.q + at, kPanel, s.scores, kPanel, D, false);
     softmax_step(s.scores, n, seen, j0, s.maximum + panel * kPanel, s.sum + panel * kPanel, out, D);
     if (head.dropout > 0.0F) {
         dropout_factors(head, i0, j0, n, s.factors);
@@ -263,7 +265,7 @@ inline void forward_panel(const AttentionHead& head, ForwardScratch& s, int i0, 
             store(s.scores + x, load(s.scores + x) * load(s.factors + x));
     }
     if (j0 + n <= seen || s.keys.v_finite[j0 / kKeyTile] != 0.0F)
-        product<kTileVecs>(D, {v, 1, s.ld}, s.scores, kPanel, out, kPanel, n, true);
+        product<kTileVecs>(D, Transposed{v, s.ld}, s.scores, kPanel, out, kPanel, n, true);
     else
         add_visible_values(v, s.ld, s.scores, n, seen, j0, out, D);
 }
@@ -342,8 +344,8 @@ inline void backward_pairs(const AttentionHead& head, BackwardScratch& s, int i0
     float* ds = s.ds + panel * kPanel;
     const ptrdiff_t of_panel = static_cast<ptrdiff_t>(panel) * s.ld * kPanel;
     const ptrdiff_t of_tile = static_cast<ptrdiff_t>(j0) * s.ld;
-    product<kTileVecs>(n, {s.keys.k + of_tile, s.ld, 1}, s.q + of_panel, kPanel, p, kPairs, D, false);
-    product<kTileVecs>(n, {s.keys.v + of_tile, s.ld, 1}, s.dout + of_panel, kPanel, ds, kPairs, D, false);
+    product<kTileVecs>(n, Plain{s.keys.k + of_tile, s.ld}, s.q + of_panel, kPanel, p, kPairs, D, false);
+    product<kTileVecs>(n, Plain{s.keys.v + of_tile, s.ld}, s.dout + of_panel, kPanel, ds, kPairs, D, false);
     if (head.dropout > 0.0F) dropout_factors(head, i0, j0, n, s.factors);
 
     for (int v = 0; v < kTileVecs; ++v) {
@@ -377,7 +379,7 @@ inline void add_to_keys(const float* w, int n, int hidden, int n_q, const float*
         const int n_rows = least(kTileRows, n - j);
         const int i = most(0, j + hidden);  // the first query that sees key j
         if (i >= n_q) break;
-        const Broadcast a{w + j * kPairs + i, kPairs, 1};
+        const Plain a{w + j * kPairs + i, kPairs};
         const float* b = rows + static_cast<ptrdiff_t>(i) * ld;
         float* c = sums + static_cast<ptrdiff_t>(j) * ld;
         int d = 0;
@@ -435,7 +437,7 @@ inline void backward_tile(const AttentionHead& head, BackwardScratch& s, int i0,
     for (int panel = 0; panel * kPanel < n_q; ++panel) {
         const int n = visible_keys(head, i0 + panel * kPanel, least(kPanel, n_q - panel * kPanel), j0);
         if (n > 0)
-            product<kTileVecs>(D, {k, 1, s.ld}, s.ds + panel * kPanel, BackwardScratch::kPairs,
+            product<kTileVecs>(D, Transposed{k, s.ld}, s.ds + panel * kPanel, BackwardScratch::kPairs,
                                s.dq + static_cast<ptrdiff_t>(panel) * s.ld * kPanel, kPanel, n, true);
     }
 }

@@ -22,7 +22,7 @@ inline Vec exp2_nonpositive(Vec x) {
     p = fma(p, f, set(2.4022648e-1F));
     p = fma(p, f, set(6.9314720e-1F));
     p = fma(p, f, set(1.0F));
-    return select(less(x, set(-126.0F)), set(0.0F), add_to_exponent(p, n));
+    return zero_where(less(x, set(-126.0F)), add_to_exponent(p, n));
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, m.x)}; }
+inline Vec zero_where(Mask m, Vec a) { return {_mm256_andnot_ps(m.x, a.x)}; }
 
 inline float sum(Vec a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));

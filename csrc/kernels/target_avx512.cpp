@@ -28,6 +28,7 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.x, yes.x)}; }
+inline Vec zero_where(Mask m, Vec a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(~m), a.x)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
 
 inline Vec add_to_exponent(Vec a, Vec n) {

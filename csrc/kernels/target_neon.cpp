@@ -33,6 +33,9 @@ inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.x, b.x)}; }
 inline Vec round(Vec a) { return {vrndnq_f32(a.x)}; }
 inline Mask less(Vec a, Vec b) { return {vcltq_f32(a.x, b.x)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {vbslq_f32(m.x, yes.x, no.x)}; }
+inline Vec zero_where(Mask m, Vec a) {
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.x), m.x))};
+}
 inline float sum(Vec a) { return vaddvq_f32(a.x); }
 
 inline Vec add_to_exponent(Vec a, Vec n) {

@@ -27,6 +27,7 @@ inline Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
 inline Vec round(Vec a) { return {nearbyintf(a.x)}; }
 inline Mask less(Vec a, Vec b) { return a.x < b.x; }
 inline Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
+inline Vec zero_where(Mask m, Vec a) { return m ? Vec{0.0F} : a; }
 inline float sum(Vec a) { return a.x; }
 
 inline Vec add_to_exponent(Vec a, Vec n) {

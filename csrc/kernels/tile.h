@@ -5,15 +5,23 @@
 
 namespace {
 
-/// A matrix whose elements are broadcast: element (r, k) is data[r * row + k * col].
+/// A matrix whose elements are broadcast one by one: A(r, k) is data[r * ld + k] if its rows lie as they
+/// are, data[k * ld + r] if it is stored transposed.
+enum class Order { kPlain, kTransposed };
+template <Order order>
 struct Broadcast {
     const float* data;
-    ptrdiff_t row, col;
+    ptrdiff_t ld;
+    const float& at(int r, int k) const {
+        return order == Order::kPlain ? data[r * ld + k] : data[k * ld + r];
+    }
 };
+using Plain = Broadcast<Order::kPlain>;
+using Transposed = Broadcast<Order::kTransposed>;
 
 /// C[r][v] (+)= sum over k of A(r, k) * B[k][v], for R rows and V vectors of columns.
-template <int R, int V>
-inline void block_product(Broadcast a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc, int n_k,
+template <int R, int V, Order order>
+inline void block_product(Broadcast<order> a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc, int n_k,
                           bool add) {
     Vec sums[R][V];
     for (int r = 0; r < R; ++r)
@@ -22,7 +30,7 @@ inline void block_product(Broadcast a, const float* b, ptrdiff_t ldb, float* c, 
         Vec columns[V];
         for (int v = 0; v < V; ++v) columns[v] = load(b + k * ldb + v * kLanes);
         for (int r = 0; r < R; ++r) {
-            const Vec x = set(a.data[r * a.row + k * a.col]);
+            const Vec x = set(a.at(r, k));
             for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
         }
     }
@@ -30,28 +38,30 @@ inline void block_product(Broadcast a, const float* b, ptrdiff_t ldb, float* c, 
         for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sums[r][v]);
 }
 
-/// The last rows, fewer than a block has.
-template <int R, int V>
-inline void last_rows(int rows, Broadcast a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc, int n_k,
-                      bool add) {
+/// A block product with `rows` rows, R at most.
+template <int R, int V, Order order>
+inline void block_of_rows(int rows, Broadcast<order> a, const float* b, ptrdiff_t ldb, float* c,
+                          ptrdiff_t ldc, int n_k, bool add) {
     if constexpr (R > 0) {
         if (rows == R)
             block_product<R, V>(a, b, ldb, c, ldc, n_k, add);
         else
-            last_rows<R - 1, V>(rows, a, b, ldb, c, ldc, n_k, add);
+            block_of_rows<R - 1, V>(rows, a, b, ldb, c, ldc, n_k, add);
     }
 }
 
 /// C (+)= A B for any number of rows and V vectors of columns.
-template <int V>
-inline void product(int rows, Broadcast a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc, int n_k,
-                    bool add) {
-    for (; rows >= kTileRows; rows -= kTileRows) {
-        block_product<kTileRows, V>(a, b, ldb, c, ldc, n_k, add);
-        a.data += kTileRows * a.row;
-        c += kTileRows * ldc;
+template <int V, Order order>
+inline void product(int rows, Broadcast<order> a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc,
+                    int n_k, bool add) {
+    while (rows > 0) {
+        // The last two blocks share evenly: one or two rows have too few sums to hide the latency.
+        const int n = rows >= 2 * kTileRows ? kTileRows : rows <= kTileRows ? rows : (rows + 1) / 2;
+        block_of_rows<kTileRows, V>(n, a, b, ldb, c, ldc, n_k, add);
+        a.data = &a.at(n, 0);
+        c += n * ldc;
+        rows -= n;
     }
-    last_rows<kTileRows - 1, V>(rows, a, b, ldb, c, ldc, n_k, add);
 }
 
 /// The block product without its loads.
