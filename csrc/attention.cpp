@@ -22,8 +22,10 @@ AttentionHead head_of(const AttentionCall& call, int index) {
     const int b = index / call.n_head;
     const int h = index % call.n_head;
     const auto rows = [b, h](const Tensor4& t) {
-        return Rows{t.data == nullptr ? nullptr : t.data + b * t.batch_stride + h * t.head_stride,
-                    t.row_stride};
+        const ptrdiff_t size = t.storage == Storage::kFloat32 ? 4 : 2;
+        char* data = static_cast<char*>(t.data);
+        if (data != nullptr) data += size * (b * t.batch_stride + h * t.head_stride);
+        return Rows{data, t.row_stride, t.storage};
     };
     AttentionHead head;
     head.q = rows(call.q);

@@ -7,14 +7,15 @@
 
 namespace mlxgpt {
 
-/// (B, n_head, T, D) float32 with strides in elements; the last axis is contiguous.
+/// (B, n_head, T, D) with strides in elements; the last axis is contiguous.
 struct Tensor4 {
-    float* data = nullptr;
+    void* data = nullptr;
+    Storage storage = Storage::kFloat32;
     ptrdiff_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
 /// An attention call. q, out, dout and dq are (B, n_head, T_q, D), k, v, dk and dv (B, n_head, T_k, D),
-/// lse (B, n_head, T_q) without gaps. Sizes are at least 1, T_q <= T_k.
+/// lse (B, n_head, T_q) float32 without gaps. Sizes are at least 1, T_q <= T_k.
 struct AttentionCall {
     int B = 0, n_head = 0, T_q = 0, T_k = 0, D = 0;
     Tensor4 q, k, v, out;

@@ -33,24 +33,33 @@ std::string shape_text(const List& shape) {
     throw std::invalid_argument(where + ": " + what);
 }
 
-/// A float32 array argument and its name, for messages.
+/// An array argument and its name, for messages.
 struct Array {
     std::string where, name;
     py::buffer_info info;
+    Storage storage = Storage::kFloat32;
 
     Array(const char* where_, const char* name_, const py::buffer& buffer, Access access)
         : where(where_), name(name_), info(buffer.request()) {
-        // '=' is native order too; NumPy writes it for arrays that are not aligned.
-        if ((info.format != "f" && info.format != "=f") || info.itemsize != 4)
-            fail(where, name + " has buffer format '" + info.format + "', expected float32 ('f')");
+        // The last letter is the type; NumPy puts '=', native order, before it for unaligned arrays. The
+        // buffer protocol has no bfloat16: it comes as its bits in uint16.
+        const std::string letter = info.format.substr(info.format.find_first_not_of("=@"));
+        if (letter == "H")
+            storage = Storage::kBFloat16;
+        else if (letter == "e")
+            storage = Storage::kFloat16;
+        else if (letter != "f")
+            fail(where, name + " has buffer format '" + info.format +
+                            "', expected float32 ('f'), float16 ('e') or bfloat16 bits in uint16 ('H')");
         if (access == Access::kWrite && info.readonly)
             fail(where, name + " is read-only, expected a writable array");
-        if (reinterpret_cast<uintptr_t>(info.ptr) % alignof(float) != 0)
-            fail(where, name + " does not begin on a multiple of 4 bytes");
+        const auto multiple = " a multiple of " + std::to_string(info.itemsize) + " bytes";
+        if (reinterpret_cast<uintptr_t>(info.ptr) % info.itemsize != 0)
+            fail(where, name + " does not begin on" + multiple);
         for (const auto stride : info.strides)
-            if (stride % 4 != 0)
-                fail(where, name + " has a stride of " + std::to_string(stride) +
-                                " bytes, expected a multiple of 4");
+            if (stride % info.itemsize != 0)
+                fail(where,
+                     name + " has a stride of " + std::to_string(stride) + " bytes, expected" + multiple);
         if (access == Access::kWrite) check_distinct_elements();
     }
 
@@ -60,7 +69,7 @@ struct Array {
         for (size_t axis = 0; axis < info.shape.size(); ++axis)
             if (info.shape[axis] > 1) axes.emplace_back(std::abs(info.strides[axis]), info.shape[axis]);
         std::sort(axes.begin(), axes.end());
-        py::ssize_t span = 4;
+        py::ssize_t span = info.itemsize;
         for (const auto& [stride, n] : axes) {
             if (stride < span) fail(where, name + " has elements that share memory, expected distinct ones");
             span = stride * (n - 1) + span;
@@ -75,14 +84,23 @@ struct Array {
         expect_shape(shape, shape_text(shape));
     }
 
-    Tensor4 tensor() const {
-        if (info.shape[3] > 1 && info.strides[3] != 4)
-            fail(where, name + " has a stride of " + std::to_string(info.strides[3] / 4) +
-                            " elements along its last axis, expected 1");
-        return {static_cast<float*>(info.ptr), info.strides[0] / 4, info.strides[1] / 4, info.strides[2] / 4};
+    void expect_storage(const Array& like) const {
+        if (storage != like.storage)
+            fail(where, name + " has buffer format '" + info.format + "', expected that of " + like.name +
+                            ", '" + like.info.format + "'");
     }
 
-    float* contiguous() const {
+    Tensor4 tensor() const {
+        const py::ssize_t size = info.itemsize;
+        if (info.shape[3] > 1 && info.strides[3] != size)
+            fail(where, name + " has a stride of " + std::to_string(info.strides[3] / size) +
+                            " elements along its last axis, expected 1");
+        return {info.ptr, storage, info.strides[0] / size, info.strides[1] / size, info.strides[2] / size};
+    }
+
+    float* contiguous_float32() const {
+        if (storage != Storage::kFloat32)
+            fail(where, name + " has buffer format '" + info.format + "', expected float32 ('f')");
         py::ssize_t stride = 4;
         for (size_t axis = info.shape.size(); axis-- > 0; stride *= info.shape[axis])
             if (info.shape[axis] > 1 && info.strides[axis] != stride)
@@ -138,6 +156,8 @@ AttentionCall attention_call(const char* where, const Array& q, const Array& k, 
     if (!std::isfinite(scale))
         fail(where, "scale is " + std::to_string(scale) + ", expected a finite number");
 
+    for (const Array* array : {&k, &v, &out}) array->expect_storage(q);
+
     AttentionCall call;
     call.B = static_cast<int>(B);
     call.n_head = static_cast<int>(n_head);
@@ -148,7 +168,7 @@ AttentionCall attention_call(const char* where, const Array& q, const Array& k, 
     call.k = k.tensor();
     call.v = v.tensor();
     call.out = out.tensor();
-    call.lse = lse.contiguous();
+    call.lse = lse.contiguous_float32();
     call.scale = static_cast<float>(scale);
     call.causal = causal;
     set_dropout(call, where, dropout, seed);
@@ -185,6 +205,7 @@ void py_attention_backward(const py::buffer& q_, const py::buffer& k_, const py:
     dq.expect_shape({call.B, call.n_head, call.T_q, call.D});
     dk.expect_shape({call.B, call.n_head, call.T_k, call.D});
     dv.expect_shape({call.B, call.n_head, call.T_k, call.D});
+    for (const Array* array : {&dout, &dq, &dk, &dv}) array->expect_storage(q);
     expect_distinct(dq, {&q, &k, &v, &out, &lse, &dout, &dk, &dv});
     expect_distinct(dk, {&q, &k, &v, &out, &lse, &dout, &dv});
     expect_distinct(dv, {&q, &k, &v, &out, &lse, &dout});
@@ -207,7 +228,7 @@ void py_dropout_mask(const py::buffer& mask_, double dropout, uint64_t seed) {
     call.T_q = static_cast<int>(mask.info.shape[2]);
     call.T_k = static_cast<int>(mask.info.shape[3]);
     set_dropout(call, "dropout_mask", dropout, seed);
-    float* data = mask.contiguous();
+    float* data = mask.contiguous_float32();
     const py::gil_scoped_release release;
     dropout_mask(call, data);
 }
@@ -230,7 +251,9 @@ double py_fma_peak(int n) {
 PYBIND11_MODULE(_core, m) {
     using namespace mlxgpt;
     using namespace py::literals;
-    m.doc() = "CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol.";
+    m.doc() =
+        "CPU kernels of mlxgpt. Arrays export the buffer protocol, in float32, float16, or bfloat16 as "
+        "uint16.";
     m.attr("__version__") = MLXGPT_VERSION;
 
     m.def(
@@ -244,7 +267,8 @@ PYBIND11_MODULE(_core, m) {
           R"(out = softmax(scale * q k^T) v, and lse, the log of the sum of each query's exponentials.
 
 q, out: (B, n_head, T_q, head_dim); k, v: (B, n_head, T_k, head_dim) with T_q <= T_k and head_dim <= 256;
-any strides with a contiguous last axis. lse: (B, n_head, T_q), contiguous. out and lse are written.
+any strides with a contiguous last axis; float32, float16, or the bits of bfloat16 in uint16, all alike.
+lse: (B, n_head, T_q), float32, contiguous. Arithmetic is in float32. out and lse are written.
 If causal, query i sees keys 0 .. i + T_k - T_q. Each probability is dropped with chance `dropout`, by a
 mask that depends on (seed, batch, head, query, key) alone. Raises ValueError for arguments that break
 these rules.)");

@@ -1,4 +1,4 @@
-"""CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol."""
+"""CPU kernels of mlxgpt. Arrays export the buffer protocol, in float32, float16, or bfloat16 as uint16."""
 
 from typing_extensions import Buffer
 

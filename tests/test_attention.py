@@ -197,6 +197,59 @@ def test_gradients_against_central_differences():
         assert slope == pytest.approx((gradient * direction).sum(), rel=2e-3, abs=2e-3), name
 
 
+# ---- half precision ----
+
+
+def to_bfloat16(x):
+    """float32 to the bits of bfloat16, rounded to nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+HALF = {
+    "float16": (lambda x: x.astype(np.float16), lambda x: x.astype(np.float32), 2.0**-11),
+    "bfloat16": (to_bfloat16, from_bfloat16, 2.0**-8),
+}
+
+
+@pytest.mark.parametrize("storage", HALF)
+@pytest.mark.parametrize("T, D", [(1, 1), (70, 20), (150, 64)])
+def test_half_precision_storage(storage, T, D):
+    """The same numbers in float32 give the same results but for the last rounding."""
+    narrow, widen, unit = HALF[storage]
+    half, full = Problem(1, 2, T, T, D), Problem(1, 2, T, T, D)
+    for name in ("q", "k", "v", "dout"):
+        setattr(half, name, narrow(getattr(half, name)))
+        getattr(full, name)[:] = widen(getattr(half, name))
+    for name in ("out", "dq", "dk", "dv"):
+        setattr(half, name, narrow(getattr(half, name)))
+    half.forward(), full.forward()
+    np.testing.assert_array_equal(half.lse, full.lse)
+    np.testing.assert_array_equal(half.out, narrow(full.out))
+    full.out[:] = widen(half.out)  # both backward passes take the rounded output
+    half.backward(), full.backward()
+    for name in ("dq", "dk", "dv"):
+        np.testing.assert_array_equal(getattr(half, name), narrow(getattr(full, name)))
+        assert np.abs(widen(getattr(half, name)) - getattr(full, name)).max() <= unit * np.abs(getattr(full, name)).max()
+
+
+@pytest.mark.parametrize("storage", HALF)
+def test_half_precision_corners(storage):
+    """One key, so that out is v: every kind of value goes in and out unchanged."""
+    narrow, widen, _ = HALF[storage]
+    bits = np.arange(0, 65536, 7, dtype=np.uint16)
+    v = bits[: len(bits) // 16 * 16].reshape(1, -1, 1, 16)
+    v = v if storage == "bfloat16" else v.view(np.float16)
+    zeros = np.zeros_like(v)
+    out, lse = np.zeros_like(v), np.empty(v.shape[:3], np.float32)
+    _core.attention_forward(zeros, zeros, v, out, lse, scale=1.0)
+    np.testing.assert_array_equal(widen(out), widen(v))
+
+
 # ---- extreme values ----
 
 
@@ -428,6 +481,9 @@ BAD = {
     "q longer than k": ("q", float_array(2, 3, 7, 8), r"q has 7 positions and k has 5, expected T_q <= T_k"),
     "q float64": ("q", np.zeros(SHAPE), r"q has buffer format 'd', expected float32"),
     "k int": ("k", np.zeros(SHAPE, np.int32), r"k has buffer format 'i', expected float32"),
+    "k float16": ("k", np.zeros(SHAPE, np.float16), r"k has buffer format 'e', expected that of q, 'f'"),
+    "dv bfloat16": ("dv", np.zeros(SHAPE, np.uint16), r"dv has buffer format 'H', expected that of q, 'f'"),
+    "lse float16": ("lse", np.zeros(SHAPE[:3], np.float16), r"lse has buffer format 'e', expected float32"),
     "q not contiguous": ("q", float_array(2, 3, 5, 16)[..., ::2], r"q has a stride of 2 elements along its last axis, expected 1"),
     "q unaligned": ("q", np.zeros(961, np.int8)[1:].view(np.float32).reshape(SHAPE), "q does not begin on a multiple of 4 bytes"),
     "out shape": ("out", float_array(2, 3, 5, 9), r"out is \(2, 3, 5, 9\), expected \(2, 3, 5, 8\)"),

@@ -23,6 +23,7 @@ namespace {
 
 using mlxgpt::AttentionHead;
 using mlxgpt::Rows;
+using mlxgpt::Storage;
 
 constexpr int kPanel = kTileVecs * kLanes;
 
@@ -55,26 +56,54 @@ struct Arena {
 
 // ---- moving rows ----
 
-/// Copies n rows of D elements to rows of ld, filling up with zeros. False if one is NaN or infinite.
+/// Calls f with a pointer of the type that rows are stored in.
+template <class F>
+inline auto typed(Rows rows, int first, F f) {
+    const ptrdiff_t at = first * rows.stride;
+    if (rows.storage == Storage::kBFloat16) return f(static_cast<BFloat16*>(rows.data) + at);
+    if (rows.storage == Storage::kFloat16) return f(static_cast<Float16*>(rows.data) + at);
+    return f(static_cast<float*>(rows.data) + at);
+}
+
+/// n elements of a row, fewer than a vector has, and zeros behind them.
+template <class T>
+inline Vec load_part(const T* p, int n) {
+    T part[kLanes] = {};
+    for (int i = 0; i < n; ++i) part[i] = p[i];
+    return load(part);
+}
+
+template <class T>
+inline void store_part(T* p, Vec x, int n) {
+    T part[kLanes];
+    store(part, x);
+    for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+
+/// Copies n rows of D elements to rows of ld floats, filling up with zeros. False if one is NaN or
+/// infinite.
 inline bool pack_rows(Rows from, int first, int n, int D, float* to, int ld) {
-    Vec finite = set(0.0F);  // x * 0 is 0, or NaN for a NaN or an infinity
-    float finite_rest = 0.0F;
-    for (int i = 0; i < n; ++i) {
-        const float* row = from.data + (first + i) * from.stride;
-        float* out = to + static_cast<ptrdiff_t>(i) * ld;
-        int d = 0;
-        for (; d + kLanes <= D; d += kLanes) {
-            const Vec x = load(row + d);
-            store(out + d, x);
-            finite = fma(x, set(0.0F), finite);
-        }
-        for (; d < D; ++d) {
-            out[d] = row[d];
-            finite_rest += row[d] * 0.0F;
-        }
-        for (; d < ld; ++d) out[d] = 0.0F;
-    }
-    return sum(finite) + finite_rest == 0.0F;
+    return typed(from, first, [=](const auto* row) {
+        Vec finite = set(0.0F);  // x * 0 is 0, or NaN for a NaN or an infinity
+        float* out = to;
+        for (int i = 0; i < n; ++i, row += from.stride, out += ld)
+            for (int d = 0; d < ld; d += kLanes) {
+                const Vec x = d + kLanes <= D ? load(row + d) : load_part(row + d, D - d);
+                store(out + d, x);
+                finite = fma(x, set(0.0F), finite);
+            }
+        return sum(finite) == 0.0F;
+    });
+}
+
+/// The way back for one vector of a row of D elements.
+inline void write_vector(Rows to, int i, int d, int D, Vec x) {
+    typed(to, i, [=](auto* row) {
+        if (d + kLanes <= D)
+            store(row + d, x);
+        else
+            store_part(row + d, x, D - d);
+    });
 }
 
 /// Panels of queries with the lanes across them: to[panel][d][lane] = factor * rows[i][d]. Rows are of ld
@@ -101,16 +130,7 @@ inline void write_panel(const float* panel, int n, int D, const float* factors, 
             for (int c = 0; c < kLanes; ++c)
                 x[c] = load(panel + (d + c) * kPanel + lane) * load(factors + lane);
             transpose(x);
-            for (int r = 0; r < least(kLanes, n - lane); ++r) {
-                float* row = to.data + (first + lane + r) * to.stride + d;
-                if (d + kLanes <= D) {
-                    store(row, x[r]);
-                    continue;
-                }
-                float last[kLanes];
-                store(last, x[r]);
-                for (int c = 0; c < D - d; ++c) row[c] = last[c];
-            }
+            for (int r = 0; r < least(kLanes, n - lane); ++r) write_vector(to, first + lane + r, d, D, x[r]);
         }
 }
 
@@ -314,6 +334,7 @@ struct BackwardScratch {
     PackedKeys keys;
     int ld;
     float *q_rows, *dout_rows;  // [kQueryBlock][ld]
+    float* out_row;             // [ld]
     float *q, *dout, *dq;       // panels of [ld][kPanel]
     float *lse, *delta;         // [kQueryBlock]
     float *p, *ds;              // [kKeyTile][kPairs]
@@ -326,6 +347,7 @@ struct BackwardScratch {
         q = arena.take(block);
         dout = arena.take(block);
         dq = arena.take(block);
+        out_row = arena.take(ld);
         lse = arena.take(kQueryBlock);
         delta = arena.take(kQueryBlock);
         p = arena.take(kKeyTile * kPairs);
@@ -454,13 +476,11 @@ inline bool load_queries(const AttentionHead& head, BackwardScratch& s, int i0, 
         s.lse[i] = i < n_q ? head.lse[i0 + i] * kLog2E : INFINITY;
         s.delta[i] = 0.0F;
         if (i >= n_q) continue;
-        const float* out = head.out.data + (i0 + i) * head.out.stride;
-        const float* dout = s.dout_rows + static_cast<ptrdiff_t>(i) * s.ld;
+        pack_rows(head.out, i0 + i, 1, D, s.out_row, s.ld);
         Vec total = set(0.0F);
-        int d = 0;
-        for (; d + kLanes <= D; d += kLanes) total = fma(load(out + d), load(dout + d), total);
+        for (int d = 0; d < s.ld; d += kLanes)
+            total = fma(load(s.out_row + d), load(s.dout_rows + static_cast<ptrdiff_t>(i) * s.ld + d), total);
         s.delta[i] = sum(total);
-        for (; d < D; ++d) s.delta[i] += out[d] * dout[d];
     }
     return finite;
 }
@@ -499,17 +519,17 @@ void attention_write_kv(const AttentionHead& head, const float* sums, int n_part
     const int ld = round_up(head.D, kLanes);
     const size_t part = kv_sums(head.T_k, head.D);
     for (int j = 0; j < head.T_k; ++j)
-        for (int d = 0; d < head.D; ++d) {
+        for (int d = 0; d < ld; d += kLanes) {
             const float* dk = sums + static_cast<ptrdiff_t>(j) * ld + d;
             const float* dv = dk + static_cast<ptrdiff_t>(head.T_k) * ld;
-            float k_total = 0.0F;
-            float v_total = 0.0F;
-            for (int n = 0; n < n_parts; ++n) {
-                k_total += dk[n * part];
-                v_total += dv[n * part];
+            Vec k_total = load(dk);
+            Vec v_total = load(dv);
+            for (int n = 1; n < n_parts; ++n) {
+                k_total = k_total + load(dk + n * part);
+                v_total = v_total + load(dv + n * part);
             }
-            head.dk.data[j * head.dk.stride + d] = head.scale * k_total;
-            head.dv.data[j * head.dv.stride + d] = v_total;
+            write_vector(head.dk, j, d, head.D, set(head.scale) * k_total);
+            write_vector(head.dv, j, d, head.D, v_total);
         }
 }
 

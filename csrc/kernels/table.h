@@ -7,10 +7,20 @@
 
 namespace mlxgpt {
 
-/// Rows of contiguous elements: row i begins at data + i * stride.
+/// How the elements of an array are stored. All arithmetic is in float32.
+enum class Storage { kFloat32, kBFloat16, kFloat16 };
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+/// Rows of contiguous elements: row i begins i * stride elements behind data.
 struct Rows {
-    float* data = nullptr;
+    void* data = nullptr;
     ptrdiff_t stride = 0;
+    Storage storage = Storage::kFloat32;
 };
 
 /// One head of one attention call. q, out, dout, dq have T_q rows and k, v, dk, dv have T_k, all of

@@ -5,6 +5,9 @@
 
 namespace {
 
+using mlxgpt::BFloat16;
+using mlxgpt::Float16;
+
 constexpr int kLanes = 8;
 // 16 registers: 6 x 2 sums, 2 vectors and a broadcast. 12 sums hide the FMA's latency (4 cycles, 2 a
 // cycle, so 8 are the least), and 8 loads for 12 FMAs stay under two loads a cycle.
@@ -60,6 +63,28 @@ inline void transpose(Vec (&x)[kLanes]) {
         x[i].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
         x[i + 4].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
+}
+
+inline Vec load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline void store(BFloat16* p, Vec a) {
+    const __m256i bits = _mm256_castps_si256(a.x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    // Rounding could make an infinity of a NaN.
+    const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(even, nan, is_nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline Vec load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store(Float16* p, Vec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 struct UVec {

@@ -5,6 +5,9 @@
 
 namespace {
 
+using mlxgpt::BFloat16;
+using mlxgpt::Float16;
+
 constexpr int kLanes = 16;
 // Of 32 registers 8 x 2 sums, 2 vectors and a broadcast. 8 rows divide every usual head_dim, and 10
 // loads for 16 FMAs stay under two loads a cycle, so a larger block would gain nothing.
@@ -59,6 +62,27 @@ inline void transpose(Vec (&x)[kLanes]) {
         x[c + 8].x = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
         x[c + 12].x = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
     }
+}
+
+inline Vec load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline void store(BFloat16* p, Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i even = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    // Rounding could make an infinity of a NaN.
+    const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
+    const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, even, nan), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+inline Vec load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(Float16* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 struct UVec {

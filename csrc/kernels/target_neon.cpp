@@ -5,6 +5,9 @@
 
 namespace {
 
+using mlxgpt::BFloat16;
+using mlxgpt::Float16;
+
 constexpr int kLanes = 4;
 // Of 32 registers 6 x 4 sums, 4 vectors and a broadcast. Apple's cores start 4 FMAs a cycle with a
 // latency of 4, so 16 sums are the least; 10 loads for 24 FMAs stay under two a cycle.
@@ -54,6 +57,18 @@ inline void transpose(Vec (&x)[kLanes]) {
     x[2].x = vzip1q_f32(b, d);
     x[3].x = vzip2q_f32(b, d);
 }
+
+inline Vec load(const BFloat16* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16))}; }
+inline void store(BFloat16* p, Vec a) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a.x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t even = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
+    // Rounding could make an infinity of a NaN.
+    const uint32x4_t nan = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(a.x, a.x), even, nan), 16));
+}
+inline Vec load(const Float16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
+inline void store(Float16* p, Vec a) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(a.x))); }
 
 struct UVec {
     uint32x4_t x;

@@ -6,6 +6,9 @@
 
 namespace {
 
+using mlxgpt::BFloat16;
+using mlxgpt::Float16;
+
 constexpr int kLanes = 1;
 constexpr int kTileRows = 4;  // a 4 x 4 block of sums: as many as most processors hold in registers
 constexpr int kTileVecs = 4;
@@ -42,6 +45,54 @@ inline Vec add_to_exponent(Vec a, Vec n) {
 }
 
 inline void transpose(Vec (&)[kLanes]) {}
+
+inline Vec load(const BFloat16* p) {
+    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    Vec a;
+    memcpy(&a.x, &bits, 4);
+    return a;
+}
+inline void store(BFloat16* p, Vec a) {
+    uint32_t bits;
+    memcpy(&bits, &a.x, 4);
+    if (a.x != a.x)
+        bits |= 0x400000;  // rounding could make an infinity of a NaN
+    else
+        bits += 0x7FFF + (bits >> 16 & 1);
+    p->bits = static_cast<uint16_t>(bits >> 16);
+}
+inline Vec load(const Float16* p) {
+    uint32_t bits = static_cast<uint32_t>(p->bits & 0x7FFF) << 13;
+    Vec a;
+    memcpy(&a.x, &bits, 4);
+    a.x *= 0x1p112F;  // the exponent's bias is 112 less; a product also gets subnormal numbers right
+    memcpy(&bits, &a.x, 4);
+    if ((p->bits & 0x7C00) == 0x7C00) bits |= 0x7F800000;
+    bits |= static_cast<uint32_t>(p->bits & 0x8000) << 16;
+    memcpy(&a.x, &bits, 4);
+    return a;
+}
+inline void store(Float16* p, Vec a) {
+    uint32_t bits;
+    memcpy(&bits, &a.x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    uint32_t half;
+    if (bits > 0x7F800000) {
+        half = 0x7E00;
+    } else if (bits >= 0x477FF000) {  // 65520 and up
+        half = 0x7C00;
+    } else if (bits < 0x38800000) {  // below 2^-14: adding 1/2 puts the last place of a half at the end
+        float shifted;
+        memcpy(&shifted, &bits, 4);
+        shifted += 0.5F;
+        memcpy(&half, &shifted, 4);
+        half -= 0x3F000000;
+    } else {
+        half = (bits - (112U << 23) + 0xFFF + (bits >> 13 & 1)) >> 13;
+    }
+    p->bits = static_cast<uint16_t>(sign | half);
+}
 
 struct UVec {
     uint32_t x;
