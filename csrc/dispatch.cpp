@@ -30,49 +30,35 @@ bool runs_avx2() { return has(kAvxFmaF16c, kAvx2, 0x6); }
 bool runs_avx512() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, 0xE6); }
 #endif
 
-struct Candidate {
-    const Kernels* kernels;  // null where this build has none
-    const char* name;
-    bool (*runs)();
-};
-
-bool always() { return true; }
-
-// Best first.
-const Candidate kCandidates[] = {
-#if defined(__x86_64__)
-    {&kernels_avx512, "avx512", runs_avx512},
-    {&kernels_avx2, "avx2", runs_avx2},
-#else
-    {nullptr, "avx512", nullptr},
-    {nullptr, "avx2", nullptr},
-#endif
-#if defined(__aarch64__)
-    {&kernels_neon, "neon", always},
-#else
-    {nullptr, "neon", nullptr},
-#endif
-    {&kernels_scalar, "scalar", always},
-};
-
 const Kernels& choose() {
-    const char* wanted = std::getenv("MLXGPT_ISA");
+    const char* variable = std::getenv("MLXGPT_ISA");
+    const std::string wanted = variable == nullptr ? "" : variable;
     std::string here;
-    for (const Candidate& candidate : kCandidates) {
-        if (candidate.kernels == nullptr || !candidate.runs()) continue;
-        if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == candidate.name)
-            return *candidate.kernels;
-        here += (here.empty() ? "" : ", ") + std::string(candidate.name);
+    for (const Kernels* candidate : usable_kernels()) {
+        if (wanted.empty() || wanted == candidate->name) return *candidate;
+        here += (here.empty() ? "" : ", ") + std::string(candidate->name);
     }
-    for (const Candidate& candidate : kCandidates)
-        if (std::string(wanted) == candidate.name)
-            throw std::invalid_argument("MLXGPT_ISA is '" + std::string(wanted) +
+    for (const char* name : {"scalar", "avx2", "avx512", "neon"})
+        if (wanted == name)
+            throw std::invalid_argument("MLXGPT_ISA is '" + wanted +
                                         "', which this processor does not run; it runs " + here);
-    throw std::invalid_argument("MLXGPT_ISA is '" + std::string(wanted) +
+    throw std::invalid_argument("MLXGPT_ISA is '" + wanted +
                                 "', expected one of scalar, avx2, avx512, neon; this processor runs " + here);
 }
 
 }  // namespace
+
+std::vector<const Kernels*> usable_kernels() {
+    std::vector<const Kernels*> usable;
+#if defined(__x86_64__)
+    if (runs_avx512()) usable.push_back(&kernels_avx512);
+    if (runs_avx2()) usable.push_back(&kernels_avx2);
+#elif defined(__aarch64__)
+    usable.push_back(&kernels_neon);
+#endif
+    usable.push_back(&kernels_scalar);
+    return usable;
+}
 
 const Kernels& kernels() {
     static const Kernels& chosen = choose();

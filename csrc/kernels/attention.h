@@ -548,7 +548,19 @@ void dropout_mask(const AttentionHead& head, float* mask) {
 }  // namespace
 
 /// The kernels of this file's instruction set, for the end of target_<isa>.cpp.
-#define MLXGPT_KERNEL_TABLE(name)                                             \
-    {name,         kQueryBlock,       forward_scratch,    backward_scratch,   \
-     kv_sums,      attention_forward, attention_backward, attention_write_kv, \
-     dropout_mask, fma_burst}
+#define MLXGPT_KERNEL_TABLE(name) \
+    {name,                        \
+     kQueryBlock,                 \
+     forward_scratch,             \
+     backward_scratch,            \
+     kv_sums,                     \
+     attention_forward,           \
+     attention_backward,          \
+     attention_write_kv,          \
+     dropout_mask,                \
+     map<exp2_nonpositive>,       \
+     map<exp>,                    \
+     map<log>,                    \
+     map<tanh>,                   \
+     map<erf>,                    \
+     fma_burst}

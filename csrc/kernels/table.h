@@ -63,6 +63,10 @@ struct Kernels {
     /// Writes one head's dropout factors, 0 or 1 / (1 - dropout), as T_q rows of T_k.
     void (*dropout_mask)(const AttentionHead& head, float* mask);
 
+    /// y[i] = f(x[i]) for n elements; errors in ulp are stated in math.h.
+    using Function = void(const float* x, float* y, size_t n);
+    Function *exp2_nonpositive, *exp, *log, *tanh, *erf;
+
     /// Does nothing but multiply-adds, n on each of a register block's sums, and returns how many
     /// floating-point operations that were: what the processor can do at most.
     double (*fma_burst)(int n);

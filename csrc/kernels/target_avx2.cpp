@@ -30,6 +30,12 @@ inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.x, b.x)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
+inline Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0F), a.x)}; }
+inline Vec with_sign(Vec size, Vec sign) {
+    return {_mm256_or_ps(size.x, _mm256_and_ps(_mm256_set1_ps(-0.0F), sign.x))};
+}
 inline Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, m.x)}; }
@@ -44,6 +50,12 @@ inline float sum(Vec a) {
 inline Vec add_to_exponent(Vec a, Vec n) {
     const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n.x), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.x), shift))};
+}
+
+/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
+inline Vec exponent(Vec a) {
+    const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(a.x), _mm256_set1_epi32(0x3F3504F3));
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23))};
 }
 
 /// Turns 8 rows of 8 around: x[c] gets the c-th element of each.

@@ -28,6 +28,12 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
+inline Vec absolute(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0F), a.x)}; }
+inline Vec with_sign(Vec size, Vec sign) {
+    return {_mm512_or_ps(size.x, _mm512_and_ps(_mm512_set1_ps(-0.0F), sign.x))};
+}
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.x, yes.x)}; }
@@ -37,6 +43,12 @@ inline float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
 inline Vec add_to_exponent(Vec a, Vec n) {
     const __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(n.x), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.x), shift))};
+}
+
+/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
+inline Vec exponent(Vec a) {
+    const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x3F3504F3));
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23))};
 }
 
 /// Turns 16 rows of 16 around: x[c] gets the c-th element of each.

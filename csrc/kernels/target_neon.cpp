@@ -33,6 +33,10 @@ inline Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.x, b.x)}; }
 inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.x, b.x)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.x, a.x, b.x)}; }
 inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.x, b.x)}; }
+inline Vec min(Vec a, Vec b) { return {vminq_f32(a.x, b.x)}; }
+inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.x, b.x)}; }
+inline Vec absolute(Vec a) { return {vabsq_f32(a.x)}; }
+inline Vec with_sign(Vec size, Vec sign) { return {vbslq_f32(vdupq_n_u32(0x80000000U), sign.x, size.x)}; }
 inline Vec round(Vec a) { return {vrndnq_f32(a.x)}; }
 inline Mask less(Vec a, Vec b) { return {vcltq_f32(a.x, b.x)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {vbslq_f32(m.x, yes.x, no.x)}; }
@@ -44,6 +48,12 @@ inline float sum(Vec a) { return vaddvq_f32(a.x); }
 inline Vec add_to_exponent(Vec a, Vec n) {
     const int32x4_t shift = vshlq_n_s32(vcvtq_s32_f32(n.x), 23);
     return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.x), shift))};
+}
+
+/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
+inline Vec exponent(Vec a) {
+    const int32x4_t above = vsubq_s32(vreinterpretq_s32_f32(a.x), vdupq_n_s32(0x3F3504F3));
+    return {vcvtq_f32_s32(vshrq_n_s32(above, 23))};
 }
 
 /// Turns 4 rows of 4 around: x[c] gets the c-th element of each.

@@ -27,6 +27,10 @@ inline Vec operator-(Vec a, Vec b) { return {a.x - b.x}; }
 inline Vec operator*(Vec a, Vec b) { return {a.x * b.x}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }
 inline Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
+inline Vec min(Vec a, Vec b) { return {a.x < b.x ? a.x : b.x}; }
+inline Vec operator/(Vec a, Vec b) { return {a.x / b.x}; }
+inline Vec absolute(Vec a) { return {fabsf(a.x)}; }
+inline Vec with_sign(Vec size, Vec sign) { return {copysignf(size.x, sign.x)}; }
 inline Vec round(Vec a) { return {nearbyintf(a.x)}; }
 inline Mask less(Vec a, Vec b) { return a.x < b.x; }
 inline Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
@@ -42,6 +46,13 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     bits += static_cast<uint32_t>(shift) << 23;
     memcpy(&a.x, &bits, 4);
     return a;
+}
+
+/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
+inline Vec exponent(Vec a) {
+    uint32_t bits;
+    memcpy(&bits, &a.x, 4);
+    return {static_cast<float>(static_cast<int32_t>(bits - 0x3F3504F3U) >> 23)};
 }
 
 inline void transpose(Vec (&)[kLanes]) {}

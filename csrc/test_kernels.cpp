@@ -1,0 +1,327 @@
+// Runs the kernels of every instruction set that this processor has, without Python: against double
+// precision, and the thread pool from several threads. For cross-compiled builds and sanitizers;
+// scripts/check_targets.sh builds and runs it. Exit status 1 and a line for each fault.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+using namespace mlxgpt;
+
+namespace {
+
+int faults = 0;
+
+template <class... Values>
+void expect(bool good, const char* format, Values... values) {
+    if (good) return;
+    if (++faults > 20) return;
+    std::printf("FAULT: ");
+    std::printf(format, values...);  // NOLINT
+    std::printf("\n");
+}
+
+float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// ---- vector mathematics ----
+
+// Distance in units in the last place that float32 has at the exact result.
+double ulps(float result, double exact) {
+    if (std::isnan(exact)) return std::isnan(result) ? 0 : 1e9;
+    if (std::isnan(result)) return 1e9;
+    constexpr double kLargest = std::numeric_limits<float>::max();
+    if (std::fabs(exact) > kLargest) exact = std::copysign(kLargest * (1 + 0x1p-24), exact);
+    if (std::isinf(result)) result = std::copysign(1.0F, result), exact *= 0x1p-128;
+    const int exponent = std::max(std::ilogb(exact == 0 ? 1e-300 : exact), -126);
+    return std::fabs(result - exact) / std::ldexp(1.0, exponent - 23);
+}
+
+void check_function(const Kernels& isa, const char* name, Kernels::Function* function,
+                    double (*exact)(double), double bound,
+                    float largest = std::numeric_limits<float>::infinity()) {
+    constexpr uint32_t kStep = 1021;  // of all bit patterns, a prime's multiples
+    double worst = 0;
+    float worst_at = 0;
+    std::vector<float> x, y;
+    for (uint64_t bits = 0; bits <= 0xFFFFFFFF; bits += kStep) {
+        x.push_back(from_bits(static_cast<uint32_t>(bits)));
+        if (x.size() < 4099 && bits + kStep <= 0xFFFFFFFF) continue;
+        for (const uint32_t corner :
+             {0U, 1U, 0x80000000U, 0x80000001U, 0x7F800000U, 0xFF800000U, 0x7FC00000U})
+            x.push_back(from_bits(corner));
+        y.resize(x.size());
+        function(x.data(), y.data(), x.size());
+        for (size_t i = 0; i < x.size(); ++i) {
+            if (x[i] > largest) continue;
+            const double off = ulps(y[i], exact(x[i]));
+            if (off > worst) worst = off, worst_at = x[i];
+        }
+        x.clear();
+    }
+    std::printf("  %-8s %.2f ulp, worst at %.9g\n", name, worst, worst_at);
+    expect(worst <= bound, "%s: %s is off by %.2f ulp at %.9g, expected %.2f at most", isa.name, name, worst,
+           worst_at, bound);
+}
+
+// A result that is too small for a normal number is 0 by definition here.
+double exact_exp2_nonpositive(double x) { return x < -126 ? 0 : std::exp2(x); }
+
+void check_mathematics(const Kernels& isa) {
+    check_function(isa, "exp2", isa.exp2_nonpositive, exact_exp2_nonpositive, 1.2, 0.0F);
+    check_function(isa, "exp", isa.exp, [](double x) { return std::exp(x); }, 1.1);
+    check_function(isa, "log", isa.log, [](double x) { return std::log(x); }, 1.0);
+    check_function(isa, "tanh", isa.tanh, [](double x) { return std::tanh(x); }, 2.0);
+    check_function(isa, "erf", isa.erf, [](double x) { return std::erf(x); }, 2.0);
+}
+
+// ---- attention ----
+
+/// One head in memory of its own, each array with canaries behind every row.
+struct Head {
+    static constexpr int kGap = 3;
+    AttentionHead head;
+    int size, n_q, n_k;
+    std::vector<std::vector<unsigned char>> memory;
+    std::vector<float> lse;
+
+    Head(int T_q, int T_k, int D, Storage storage, bool causal, float dropout)
+        : size(storage == Storage::kFloat32 ? 4 : 2), n_q(T_q), n_k(T_k), lse(T_q) {
+        head.T_q = T_q;
+        head.T_k = T_k;
+        head.D = D;
+        head.scale = 1 / std::sqrt(static_cast<float>(D));
+        head.causal = causal;
+        head.dropout = dropout;
+        head.seed = 0x123456789ABCDEFU;
+        head.batch = 3;
+        head.head = 5;
+        head.lse = lse.data();
+        for (Rows* rows : {&head.q, &head.out, &head.dout, &head.dq}) make(*rows, T_q, storage);
+        for (Rows* rows : {&head.k, &head.v, &head.dk, &head.dv}) make(*rows, T_k, storage);
+        std::mt19937 random(T_q * 1000 + T_k * 10 + D);
+        std::normal_distribution<float> normal;
+        for (Rows* rows : {&head.q, &head.dout, &head.k, &head.v})
+            for (int i = 0; i < (rows == &head.q || rows == &head.dout ? T_q : T_k); ++i)
+                for (int d = 0; d < D; ++d) set(*rows, i, d, normal(random));
+    }
+    void make(Rows& rows, int n, Storage storage) {
+        rows.stride = head.D + kGap;
+        rows.storage = storage;
+        memory.emplace_back(static_cast<size_t>(n) * rows.stride * size, 0xA5);
+        rows.data = memory.back().data();
+    }
+    // Cuts bits off; values need not be the nearest, only the same for kernel and reference.
+    void set(Rows& rows, int i, int d, float x) {
+        unsigned char* at = static_cast<unsigned char*>(rows.data) + (i * rows.stride + d) * size;
+        uint32_t bits;
+        if (rows.storage == Storage::kFloat16) {
+            x = std::copysign(std::min(std::fabs(x) + 0.001F, 4.0F), x);  // no subnormal halves
+            std::memcpy(&bits, &x, 4);
+            bits = (bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) - (112U << 23)) >> 13;
+        } else {
+            std::memcpy(&bits, &x, 4);
+            if (rows.storage == Storage::kBFloat16) bits >>= 16;
+        }
+        std::memcpy(at, &bits, size);
+    }
+    double get(const Rows& rows, int i, int d) const {
+        const unsigned char* at = static_cast<const unsigned char*>(rows.data) + (i * rows.stride + d) * size;
+        uint16_t half;
+        std::memcpy(&half, at, 2);
+        if (rows.storage == Storage::kBFloat16) return from_bits(static_cast<uint32_t>(half) << 16);
+        if (rows.storage == Storage::kFloat16)
+            return from_bits(static_cast<uint32_t>(half & 0x7FFF) << 13 | static_cast<uint32_t>(half & 0x8000)
+                                                                              << 16) *
+                   0x1p112;
+        float x;
+        std::memcpy(&x, at, 4);
+        return x;
+    }
+    bool gaps_untouched() const {
+        for (const auto& array : memory)
+            for (size_t x = 0; x < array.size(); ++x)
+                if (static_cast<int>(x / size % (head.D + kGap)) >= head.D && array[x] != 0xA5) return false;
+        return true;
+    }
+};
+
+void run(const Kernels& isa, const AttentionHead& head, int parts) {
+    std::vector<float> memory(isa.forward_scratch(head.T_k, head.D) + isa.backward_scratch(head.T_k, head.D) +
+                              16);
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    float* scratch = memory.data() + (64 - address % 64) % 64 / 4;
+    std::vector<float> sums(isa.kv_sums(head.T_k, head.D) * parts);
+    for (int part = 0; part < parts; ++part) {
+        isa.attention_forward(head, part, parts, scratch);
+        isa.attention_backward(head, part, parts, scratch,
+                               sums.data() + isa.kv_sums(head.T_k, head.D) * part);
+    }
+    isa.attention_write_kv(head, sums.data(), parts);
+}
+
+void check_attention(const Kernels& isa, int T_q, int T_k, int D, Storage storage, bool causal, float dropout,
+                     int parts) {
+    Head h(T_q, T_k, D, storage, causal, dropout);
+    const AttentionHead& head = h.head;
+    std::vector<float> factors(static_cast<size_t>(T_q) * T_k, 1.0F);
+    if (dropout > 0) isa.dropout_mask(head, factors.data());
+    run(isa, head, parts);
+
+    // The definition, in double.
+    std::vector<double> out(T_q * D), dq(T_q * D), dk(T_k * D), dv(T_k * D);
+    double lse_off = 0;
+    for (int i = 0; i < T_q; ++i) {
+        const int n = causal ? i + 1 + T_k - T_q : T_k;
+        std::vector<double> p(n), dp(n);
+        double sum = 0, delta = 0;
+        for (int j = 0; j < n; ++j) {
+            double score = 0;
+            for (int d = 0; d < D; ++d) score += h.get(head.q, i, d) * h.get(head.k, j, d);
+            sum += p[j] = std::exp(score * head.scale);
+        }
+        for (int j = 0; j < n; ++j) {
+            p[j] /= sum;
+            const double factor = factors[static_cast<size_t>(i) * T_k + j];
+            for (int d = 0; d < D; ++d) {
+                out[i * D + d] += p[j] * factor * h.get(head.v, j, d);
+                dv[j * D + d] += p[j] * factor * h.get(head.dout, i, d);
+                dp[j] += factor * h.get(head.v, j, d) * h.get(head.dout, i, d);
+            }
+            delta += p[j] * dp[j];
+        }
+        for (int j = 0; j < n; ++j)
+            for (int d = 0; d < D; ++d) {
+                const double ds = head.scale * p[j] * (dp[j] - delta);
+                dq[i * D + d] += ds * h.get(head.k, j, d);
+                dk[j * D + d] += ds * h.get(head.q, i, d);
+            }
+        lse_off = std::max(lse_off, std::fabs(head.lse[i] - std::log(sum)));
+    }
+    const auto off = [&](const Rows& rows, const std::vector<double>& exact, int n) {
+        double worst = 0, largest = 1;
+        for (int i = 0; i < n; ++i)
+            for (int d = 0; d < D; ++d) {
+                worst = std::max(worst, std::fabs(h.get(rows, i, d) - exact[i * D + d]));
+                largest = std::max(largest, std::fabs(exact[i * D + d]));
+                if (std::isnan(h.get(rows, i, d))) worst = 1e9;
+            }
+        return worst / largest;
+    };
+    const double bound = storage == Storage::kFloat32 ? 1e-5 : storage == Storage::kFloat16 ? 2e-3 : 2e-2;
+    const double worst = std::max({lse_off, off(head.out, out, T_q), off(head.dq, dq, T_q),
+                                   off(head.dk, dk, T_k), off(head.dv, dv, T_k)});
+    expect(worst < bound,
+           "%s: attention T_q %d, T_k %d, D %d, storage %d, causal %d, dropout %g, %d parts is off by %g",
+           isa.name, T_q, T_k, D, static_cast<int>(storage), causal, dropout, parts, worst);
+    expect(h.gaps_untouched(), "%s: attention T_q %d, T_k %d, D %d wrote between rows", isa.name, T_q, T_k,
+           D);
+}
+
+void check_attention(const Kernels& isa) {
+    for (const int T : {1, 2, 7, 16, 17, 63, 127, 128, 129, 161})
+        for (const int D : {1, 5, 16, 64, 80}) check_attention(isa, T, T, D, Storage::kFloat32, true, 0, 1);
+    for (const int D : {96, 128, 255, 256}) check_attention(isa, 20, 20, D, Storage::kFloat32, true, 0, 1);
+    for (const auto& [T_q, T_k] : {std::pair{1, 140}, {5, 131}, {130, 300}})
+        for (const bool causal : {true, false})
+            check_attention(isa, T_q, T_k, 33, Storage::kFloat32, causal, 0.2F, 1);
+    for (const Storage storage : {Storage::kBFloat16, Storage::kFloat16})
+        for (const int D : {3, 64}) check_attention(isa, 140, 140, D, storage, true, 0.1F, 1);
+    for (const int parts : {2, 3}) check_attention(isa, 400, 400, 16, Storage::kFloat32, true, 0, parts);
+}
+
+void check_nan(const Kernels& isa) {
+    Head h(140, 140, 8, Storage::kFloat32, true, 0);
+    h.set(h.head.v, 70, 2, NAN);
+    h.set(h.head.k, 100, 0, INFINITY);
+    run(isa, h.head, 1);
+    for (int i = 0; i < 100; ++i)
+        for (int d = 0; d < 8; ++d)
+            expect(std::isnan(h.get(h.head.out, i, d)) == (i >= 70 && d == 2),
+                   "%s: NaN in v reached out[%d][%d]", isa.name, i, d);
+}
+
+void check_dropout(const Kernels& isa) {
+    Head h(37, 75, 1, Storage::kFloat32, true, 0.4F);
+    std::vector<float> expected(37 * 75), found(37 * 75);
+    kernels_scalar.dropout_mask(h.head, expected.data());
+    isa.dropout_mask(h.head, found.data());
+    expect(expected == found, "%s: the dropout mask differs from the scalar one", isa.name);
+}
+
+// ---- the whole call, from several threads ----
+
+void check_threads() {
+    static constexpr int B = 2, n_head = 3, T = 150, D = 16, kSize = B * n_head * T * D;
+    std::mt19937 random(0);
+    std::normal_distribution<float> normal;
+    std::vector<float> q(kSize), k(kSize), v(kSize);
+    for (auto* x : {&q, &k, &v})
+        for (float& value : *x) value = normal(random);
+    const auto attend = [&] {
+        std::vector<float> results(5 * kSize), lse(B * n_head * T);
+        const auto tensor = [](float* data) {
+            return Tensor4{data, Storage::kFloat32, n_head * T * D, T * D, D};
+        };
+        AttentionCall call;
+        call.B = B;
+        call.n_head = n_head;
+        call.T_q = call.T_k = T;
+        call.D = D;
+        call.q = tensor(q.data());
+        call.k = tensor(k.data());
+        call.v = tensor(v.data());
+        call.out = call.dout = tensor(results.data());
+        call.lse = lse.data();
+        call.dq = tensor(results.data() + kSize);
+        call.dk = tensor(results.data() + 2 * kSize);
+        call.dv = tensor(results.data() + 3 * kSize);
+        attention_forward(call);
+        attention_backward(call);
+        return results;
+    };
+    const std::vector<float> expected = attend();
+    std::vector<std::thread> threads;
+    std::vector<int> same(4);
+    for (int n = 0; n < 4; ++n)
+        threads.emplace_back([&, n] {
+            for (int again = 0; again < 5; ++again) same[n] += attend() == expected;
+        });
+    for (std::thread& thread : threads) thread.join();
+    for (const int n : same) expect(n == 5, "attention: %d of 5 runs of a thread gave other bits", 5 - n);
+
+    for (const int n_tasks : {0, 1, 2, 100}) {
+        std::vector<int> done(n_tasks);
+        parallel_for(n_tasks,
+                     [&](int index, int worker) { done[index] += worker < num_threads() ? 1 : 1000; });
+        for (const int times : done)
+            expect(times == 1, "parallel_for: a task of %d ran %d times", n_tasks, times);
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (const Kernels* isa : usable_kernels()) {
+        std::printf("%s\n", isa->name);
+        check_mathematics(*isa);
+        check_attention(*isa);
+        check_nan(*isa);
+        check_dropout(*isa);
+    }
+    check_threads();
+    std::printf(faults == 0 ? "passed\n" : "%d faults\n", faults);
+    return faults == 0 ? 0 : 1;
+}

@@ -1,0 +1,56 @@
+#!/bin/sh
+# Builds csrc/ with every compiler that it must build with, and runs csrc/test_kernels.cpp from each build:
+# GCC, Clang with libc++ (as on macOS), 64-bit Arm under emulation (the NEON kernels), and the address,
+# undefined-behaviour and thread sanitizers. Run from anywhere; exit status 1 if one fails.
+#
+#   scripts/check_targets.sh [NAME...]     names: gcc clang arm asan tsan; all if none is given
+set -u
+cd "$(dirname "$0")/.."
+
+need() {  # need PROGRAM PACKAGE: true if the program is there
+    command -v "$1" >/dev/null && return 0
+    echo "$name: $1 was not found: apt install $2" >&2
+    return 1
+}
+
+check() {  # check EMULATOR CMAKE-OPTIONS...
+    emulator=$1
+    shift
+    build=build/check/$name
+    mkdir -p "$build"
+    cmake -S . -B "$build" -DMLXGPT_BUILD_TESTS=ON -DMLXGPT_WERROR=ON "$@" >"$build/log" 2>&1 &&
+        cmake --build "$build" -j 2 >>"$build/log" 2>&1 || { cat "$build/log"; return 1; }
+    $emulator "$build/test_kernels" >"$build/log" 2>&1 || { cat "$build/log"; return 1; }
+}
+
+failed=
+for name in ${@:-gcc clang arm asan tsan}; do
+    case $name in
+    gcc) need g++ g++ && check "" -DCMAKE_CXX_COMPILER=g++ ;;
+    clang)
+        need clang++ "clang libc++-dev libc++abi-dev" &&
+            check "" -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++
+        ;;
+    arm)
+        need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu && need qemu-aarch64 qemu-user &&
+            check "qemu-aarch64 -L /usr/aarch64-linux-gnu" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+                -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+        ;;
+    asan)
+        need g++ g++ && check "" -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+            "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+        ;;
+    tsan)
+        need g++ g++ && check "env MLXGPT_NUM_THREADS=4" -DCMAKE_CXX_COMPILER=g++ \
+            -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS=-fsanitize=thread
+        ;;
+    *) echo "check_targets.sh: $name is none of gcc, clang, arm, asan, tsan" >&2; exit 2 ;;
+    esac
+    if [ $? = 0 ]; then
+        echo "$name: passed"
+    else
+        echo "$name: FAILED"
+        failed=1
+    fi
+done
+exit ${failed:-0}
