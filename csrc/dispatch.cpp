@@ -23,11 +23,15 @@ bool has(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned saved_state) {
     if ((xcr0 & saved_state) != saved_state) return false;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & leaf7_ebx) == leaf7_ebx;
 }
-constexpr unsigned kAvxFmaF16c = 1U << 28 | 1U << 12 | 1U << 29;                // leaf 1, ecx
-constexpr unsigned kAvx2 = 1U << 5;                                             // leaf 7, ebx
-constexpr unsigned kAvx512FDqBwVl = 1U << 16 | 1U << 17 | 1U << 30 | 1U << 31;  // leaf 7, ebx
+constexpr unsigned kAvxFmaF16c = 1U << 28 | 1U << 12 | 1U << 29;  // leaf 1, ecx
+constexpr unsigned kAvx2 = 1U << 5;                               // leaf 7, ebx
 bool runs_avx2() { return has(kAvxFmaF16c, kAvx2, 0x6); }
+#if defined(MLXGPT_EMULATE_AVX512)
+bool runs_avx512() { return runs_avx2(); }
+#else
+constexpr unsigned kAvx512FDqBwVl = 1U << 16 | 1U << 17 | 1U << 30 | 1U << 31;  // leaf 7, ebx
 bool runs_avx512() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, 0xE6); }
+#endif
 #endif
 
 const Kernels& choose() {

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Builds csrc/ with every compiler that it must build with, and runs csrc/test_kernels.cpp from each build:
-# GCC, Clang with libc++ (as on macOS), 64-bit Arm under emulation (the NEON kernels), and the address,
-# undefined-behaviour and thread sanitizers. Run from anywhere; exit status 1 if one fails.
+# GCC, Clang with libc++ (as on macOS), 64-bit Arm under emulation (the NEON kernels), the AVX-512 kernels
+# emulated by SIMDe, and the address, undefined-behaviour and thread sanitizers. Run from anywhere; exit
+# status 1 if one fails.
 #
-#   scripts/check_targets.sh [NAME...]     names: gcc clang arm asan tsan; all if none is given
+#   scripts/check_targets.sh [NAME...]     names: gcc clang arm avx512 asan tsan; all if none is given
 set -u
 cd "$(dirname "$0")/.."
 
@@ -24,7 +25,7 @@ check() {  # check EMULATOR CMAKE-OPTIONS...
 }
 
 failed=
-for name in ${@:-gcc clang arm asan tsan}; do
+for name in ${@:-gcc clang arm avx512 asan tsan}; do
     case $name in
     gcc) need g++ g++ && check "" -DCMAKE_CXX_COMPILER=g++ ;;
     clang)
@@ -36,6 +37,15 @@ for name in ${@:-gcc clang arm asan tsan}; do
             check "qemu-aarch64 -L /usr/aarch64-linux-gnu" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
                 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
         ;;
+    avx512)
+        if [ -e /usr/include/simde/x86/avx512.h ]; then
+            # GCC 12 breaks off with an internal error in SIMDe's structs.
+            need clang++ clang && check "" -DCMAKE_CXX_COMPILER=clang++ -DMLXGPT_EMULATE_AVX512=ON
+        else
+            echo "$name: SIMDe was not found: apt install libsimde-dev" >&2
+            false
+        fi
+        ;;
     asan)
         need g++ g++ && check "" -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
             "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
@@ -44,7 +54,7 @@ for name in ${@:-gcc clang arm asan tsan}; do
         need g++ g++ && check "env MLXGPT_NUM_THREADS=4" -DCMAKE_CXX_COMPILER=g++ \
             -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS=-fsanitize=thread
         ;;
-    *) echo "check_targets.sh: $name is none of gcc, clang, arm, asan, tsan" >&2; exit 2 ;;
+    *) echo "check_targets.sh: $name is none of gcc, clang, arm, avx512, asan, tsan" >&2; exit 2 ;;
     esac
     if [ $? = 0 ]; then
         echo "$name: passed"

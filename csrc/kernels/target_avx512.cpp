@@ -38,7 +38,13 @@ inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEARES
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.x, yes.x)}; }
 inline Vec zero_where(Mask m, Vec a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(~m), a.x)}; }
-inline float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
+inline float sum(Vec a) {
+    const __m512 high = _mm512_shuffle_f32x4(a.x, a.x, 0xEE);
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_castps512_ps256(high));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 inline Vec add_to_exponent(Vec a, Vec n) {
     const __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(n.x), 23);
