@@ -39,7 +39,7 @@ def attention_backward(q, k, v, dout, *, scale, causal=True, factors=None):
 
 
 def philox4x32(counter, key, rounds=7):
-    """Philox-4x32 (Salmon et al., SC 2011). counter: (4, ...) uint32; key: 64-bit. Returns (4, ...) uint32."""
+    """Philox-4x32 (Salmon et al., SC 2011). counter: (4, ...) uint32; key: 64 bits. Returns (4, ...)."""
     c = [np.asarray(x, np.uint64) for x in counter]
     low = np.uint64(0xFFFFFFFF)
     k0, k1 = key & 0xFFFFFFFF, key >> 32
