@@ -115,12 +115,13 @@ void expect_distinct(const Array& a, std::initializer_list<const Array*> others)
 }
 
 constexpr int kMostHeadDim = 256;
+constexpr int kMostSize = 1 << 30;  // so that sums of sizes fit an int
 
 void check_sizes(const Array& array) {
     for (const auto n : array.info.shape)
-        if (n < 1 || n > INT32_MAX)
-            fail(array.where,
-                 array.name + " is " + shape_text(array.info.shape) + ", expected sizes of at least 1");
+        if (n < 1 || n > kMostSize)
+            fail(array.where, array.name + " is " + shape_text(array.info.shape) +
+                                  ", expected sizes from 1 to " + std::to_string(kMostSize));
 }
 
 void set_dropout(AttentionCall& call, const char* where, double dropout, uint64_t seed) {

@@ -237,6 +237,10 @@ void check_attention(const Kernels& isa) {
     for (const auto& [T_q, T_k] : {std::pair{1, 140}, {5, 131}, {130, 300}})
         for (const bool causal : {true, false})
             check_attention(isa, T_q, T_k, 33, Storage::kFloat32, causal, 0.2F, 1);
+    for (const int T_k : {1, 17, 300})  // a single query has its own code
+        for (const int D : {1, 33, 64})
+            for (const Storage storage : {Storage::kFloat32, Storage::kBFloat16, Storage::kFloat16})
+                check_attention(isa, 1, T_k, D, storage, true, 0, 1);
     for (const Storage storage : {Storage::kBFloat16, Storage::kFloat16})
         for (const int D : {3, 64}) check_attention(isa, 140, 140, D, storage, true, 0.1F, 1);
     for (const int parts : {2, 3}) check_attention(isa, 400, 400, 16, Storage::kFloat32, true, 0, parts);

@@ -131,7 +131,7 @@ if __name__ == "__main__":
     from mlxgpt import _core
 
     try:
-        import torch
+        import torch  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         torch = None
     threads = _core.num_threads()

@@ -290,9 +290,70 @@ inline void forward_panel(const AttentionHead& head, ForwardScratch& s, int i0, 
         add_visible_values(v, s.ld, s.scores, n, seen, j0, out, D);
 }
 
+/// A single query, as in decoding with a cache: every key is used once, so nothing is packed, and lanes
+/// hold elements of a row. The one query is the last, which sees all keys.
+inline void decode(const AttentionHead& head, float* scratch) {
+    const int D = head.D;
+    const int ld = round_up(D, kLanes);
+    Arena arena{scratch};
+    float* q = arena.take(ld);
+    float* out = arena.take(ld);
+    float* scores = arena.take(kKeyTile);
+    pack_rows(head.q, 0, 1, D, q, ld);
+    for (int d = 0; d < ld; d += kLanes) {
+        store(q + d, set(head.scale * kLog2E) * load(q + d));
+        store(out + d, set(0.0F));
+    }
+    float maximum = -FLT_MAX;
+    float total = 0.0F;
+    for (int j0 = 0; j0 < head.T_k; j0 += kKeyTile) {
+        const int n = least(kKeyTile, head.T_k - j0);
+        const float before = maximum;
+        Vec now = set(maximum);
+        typed(head.k, j0, [&](const auto* row) {
+            for (int j = 0; j < n; ++j, row += head.k.stride) {
+                Vec dot = set(0.0F);
+                int d = 0;
+                for (; d + kLanes <= D; d += kLanes) dot = fma(load(row + d), load(q + d), dot);
+                if (d < D) dot = fma(load_part(row + d, D - d), load(q + d), dot);
+                scores[j] = sum(dot);
+            }
+        });
+        for (int j = n; j < round_up(n, kLanes); ++j) scores[j] = -INFINITY;
+        for (int j = 0; j < n; j += kLanes) now = max(load(scores + j), now);
+        float lanes[kLanes];
+        store(lanes, now);
+        for (const float lane : lanes) maximum = lane > maximum ? lane : maximum;
+        const Vec shrink = exp2_nonpositive(set(before - maximum));
+        Vec sums = set(0.0F);
+        for (int j = 0; j < n; j += kLanes) {
+            const Vec p = exp2_nonpositive(load(scores + j) - set(maximum));
+            store(scores + j, p);
+            sums = sums + p;
+        }
+        store(lanes, shrink);
+        total = total * lanes[0] + sum(sums);
+        typed(head.v, j0, [&](const auto* rows) {
+            for (int d = 0; d < D; d += kLanes) {
+                Vec o = load(out + d) * shrink;
+                const auto* row = rows + d;
+                for (int j = 0; j < n; ++j, row += head.v.stride)
+                    o = fma(set(scores[j]), d + kLanes <= D ? load(row) : load_part(row, D - d), o);
+                store(out + d, o);
+            }
+        });
+    }
+    head.lse[0] = kLn2 * (maximum + log2f(total));
+    for (int d = 0; d < D; d += kLanes) write_vector(head.out, 0, d, D, load(out + d) * set(1.0F / total));
+}
+
 size_t forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).arena.used; }
 
 void attention_forward(const AttentionHead& head, int first, int step, float* scratch) {
+    if (head.T_q == 1 && head.dropout == 0.0F) {
+        decode(head, scratch);
+        return;
+    }
     ForwardScratch s(scratch, head.T_k, head.D);
     const int D = head.D;
     for (int i0 = first * kQueryBlock; i0 < head.T_q; i0 += step * kQueryBlock) {
