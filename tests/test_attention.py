@@ -20,8 +20,10 @@ ISAS = ("scalar", "avx2", "avx512", "neon")
 
 
 def run_python(*arguments, **environment):
+    """Runs Python in this directory: in the repository's root it would find mlxgpt's source, unbuilt."""
     return subprocess.run(
         [sys.executable, *arguments],
+        cwd=Path(__file__).parent,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -415,6 +417,7 @@ def test_any_number_of_threads(n_threads):
     results = [
         subprocess.run(
             [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
             env={**os.environ, "MLXGPT_NUM_THREADS": n},
             capture_output=True,
             check=True,
@@ -489,10 +492,22 @@ BAD = {
     "k axes": ("k", float_array(5, 8), r"k is \(5, 8\), expected \(2, 3, T_k, 8\)"),
     "v length": ("v", float_array(2, 3, 6, 8), r"v is \(2, 3, 6, 8\), expected \(2, 3, 5, 8\)"),
     "q axes": ("q", float_array(2, 3, 5), r"q is \(2, 3, 5\), expected \(B, n_head, T_q, head_dim\)"),
-    "q empty batch": ("q", float_array(0, 3, 5, 8), r"q is \(0, 3, 5, 8\), expected sizes from 1 to 1073741824"),
-    "q zero length": ("q", float_array(2, 3, 0, 8), r"q is \(2, 3, 0, 8\), expected sizes from 1 to 1073741824"),
+    "q empty batch": (
+        "q",
+        float_array(0, 3, 5, 8),
+        r"q is \(0, 3, 5, 8\), expected sizes from 1 to 1073741824",
+    ),
+    "q zero length": (
+        "q",
+        float_array(2, 3, 0, 8),
+        r"q is \(2, 3, 0, 8\), expected sizes from 1 to 1073741824",
+    ),
     "q head_dim": ("q", float_array(2, 3, 5, 257), "expected a head_dim of at most 256"),
-    "k zero length": ("k", float_array(2, 3, 0, 8), r"k is \(2, 3, 0, 8\), expected sizes from 1 to 1073741824"),
+    "k zero length": (
+        "k",
+        float_array(2, 3, 0, 8),
+        r"k is \(2, 3, 0, 8\), expected sizes from 1 to 1073741824",
+    ),
     "q longer than k": ("q", float_array(2, 3, 7, 8), r"q has 7 positions and k has 5, expected T_q <= T_k"),
     "q float64": ("q", np.zeros(SHAPE), r"q has buffer format 'd', expected float32"),
     "k int": ("k", np.zeros(SHAPE, np.int32), r"k has buffer format 'i', expected float32"),
