@@ -37,7 +37,7 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(tyro.conf.OmitArgPrefixes[cls], args=words, default=default, prog=prog)  # type: ignore[valid-type]
+            return tyro.cli(tyro.conf.OmitArgPrefixes[cls], args=words, default=default, prog=prog, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
@@ -94,7 +94,7 @@ def _one_line(box: str) -> str:
     """tyro's framed error message as one line."""
     rows = [row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
     text = " ".join(rows).split("───")[0].split("For full helptext")[0]
-    return re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s+", " ", text).strip().removeprefix("Error parsing model: ")
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -114,6 +114,9 @@ def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
 
     Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 shows where it came from.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character shows a ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

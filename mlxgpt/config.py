@@ -26,7 +26,7 @@ class GPTConfig:
     block_size: int = 512
     """longest sequence the model sees, in tokens"""
     vocab_size: int = 50257
-    """number of token ids (when training: at least the tokenizer's, which is the default)"""
+    """number of token ids; in training at least the tokenizer's number, which it is when unset"""
     n_layer: int = 12
     """number of transformer blocks"""
     n_head: int = 12
@@ -62,8 +62,8 @@ class TrainConfig:
     """Train a GPT on text. With no arguments: a small model on Python's own standard library."""
 
     preset: str = ""
-    """where the other defaults come from: cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl
-    (default: cpu on the CPU, shakespeare-char on the GPU)"""
+    """cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl: where the other defaults come from;
+    unset, cpu on the CPU and shakespeare-char on the GPU"""
     config: str = ""
     """a TOML file that sets any of these names; the command line wins over it"""
 
@@ -73,7 +73,7 @@ class TrainConfig:
     tokenizer: Literal["char", "gpt2"] = "char"
     """char: one token per character; gpt2: GPT-2's byte-pair encoding"""
     out_dir: str = ""
-    """where the run is written (default: runs/PRESET, numbered when that is taken)"""
+    """where the run is written; unset, runs/PRESET, numbered when that is taken"""
     overwrite: bool = False
     """write into an out_dir that already holds a run"""
 
@@ -86,11 +86,11 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """peak learning rate"""
     min_lr: float | None = None
-    """learning rate at the end of the decay (default: learning_rate / 10)"""
+    """learning rate at the end of the decay; None is learning_rate / 10"""
     warmup_iters: int = 100
     """steps of linear warm-up"""
     lr_decay_iters: int | None = None
-    """step at which the cosine decay ends (default: max_iters)"""
+    """step at which the cosine decay ends; None is max_iters"""
     decay_lr: bool = True
     """decay the learning rate; False holds it at learning_rate after the warm-up"""
     weight_decay: float = 0.1

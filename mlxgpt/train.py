@@ -1,0 +1,272 @@
+"""python -m mlxgpt.train: trains a GPT on text, and shows how it comes along."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+from rich.console import Console
+
+from . import checkpoint, cli, data, ops, report, tokenizer
+from .config import TrainConfig, settings
+from .model import GPT
+from .optim import AdamW, clip_grad_norm, learning_rate
+
+Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
+
+
+class Trainer:
+    """A model, its optimizer, and the two things done with them: a step, and an evaluation.
+
+    The weights and the optimizer's state are float32; with dtype bfloat16 the loss and its gradient are
+    computed in bfloat16 from a copy of the weights. On a GPU both are compiled.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig) -> None:
+        self.model, self.config = model, config
+        self.optimizer = AdamW(config)
+        self.optimizer.init(model.parameters())
+        self.steps = 0  # optimizer steps taken
+        compute = getattr(mx, config.dtype)
+
+        def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
+            model.update(tree_map(lambda w: w.astype(compute), weights))
+            return model.loss(x, y)
+
+        def with_weights(function: Callable[..., Any], x: mx.array, y: mx.array) -> Any:
+            weights = model.parameters()
+            result = function(weights, x, y)
+            model.update(weights)  # the float32 ones again
+            return result
+
+        def gradient(x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
+            return with_weights(mx.value_and_grad(loss), x, y)
+
+        def update(gradients: dict[str, Any]) -> mx.array:
+            norm = mx.array(0.0)
+            if config.grad_clip:
+                gradients, norm = clip_grad_norm(gradients, config.grad_clip)
+            self.optimizer.update(model, gradients)
+            return norm
+
+        def evaluation(x: mx.array, y: mx.array) -> mx.array:
+            return with_weights(loss, x, y)
+
+        if config.compile and mx.default_device().type == mx.gpu:
+            state = [model.state, self.optimizer.state]
+            gradient = mx.compile(gradient, [model.state, mx.random.state], [mx.random.state])
+            update = mx.compile(update, state, state)
+            evaluation = mx.compile(evaluation, [model.state])
+        self._gradient, self._update, self._evaluation = gradient, update, evaluation
+
+    def step(self, batches: Sequence[Batch]) -> mx.array:
+        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar."""
+        self.model.train()
+        self.optimizer.learning_rate = learning_rate(self.config, self.steps)
+        losses, total = [], None
+        for x, y in batches:
+            loss, gradients = self._gradient(mx.array(x), mx.array(y))
+            total = gradients if total is None else tree_map(mx.add, total, gradients)
+            losses.append(loss)
+            if len(batches) > 1:
+                mx.eval(loss, total)  # so that one micro-batch's activations are held at a time
+        if len(batches) > 1:
+            total = tree_map(lambda g: g / len(batches), total)
+        self._update(total)
+        self.steps += 1
+        loss = sum(losses) / len(losses)
+        mx.async_eval(loss, self.model.state, self.optimizer.state)
+        return loss
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over some batches, without dropout."""
+        self.model.eval()
+        total = 0.0
+        for x, y in batches:
+            total += self._evaluation(mx.array(x), mx.array(y)).item()
+        return total / len(batches)
+
+
+class Run:
+    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the models best/ and last/."""
+
+    def __init__(self, config: TrainConfig, console: Console, vocab_given: bool) -> None:
+        self.config, self.console = config, console
+        device = ops.use_device(config.device)
+        corpus = data.load_corpus(config.data)
+        self.tokenizer: tokenizer.Tokenizer = (
+            tokenizer.BPETokenizer.gpt2()
+            if config.tokenizer == "gpt2"
+            else tokenizer.CharTokenizer.of(*corpus.train, *corpus.val)
+        )
+        model_config = config.model
+        if not vocab_given:
+            model_config = dataclasses.replace(model_config, vocab_size=self.tokenizer.vocab_size)
+        elif model_config.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"vocab_size is {model_config.vocab_size}, expected at least the tokenizer's {self.tokenizer.vocab_size}"
+            )
+        train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
+        shape = (model_config.block_size, config.batch_size)
+        self.batches = data.Batches(train, *shape, config.seed, "training")
+        validation = data.Batches(val, *shape, config.seed + 1, "validation")
+        self.val_batches = [validation.draw() for _ in range(config.eval_iters)]
+
+        self.out_dir = _make_out_dir(config)
+        (self.out_dir / "settings.toml").write_text(_toml(dataclasses.replace(config, model=model_config)))
+        self.metrics = report.Metrics(self.out_dir / "metrics.jsonl")
+        self.best = math.inf
+        mx.random.seed(config.seed)
+        self.model = GPT(model_config)
+        self.trainer = Trainer(self.model, config)
+
+        files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
+        skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and config.data != "stdlib" else ""
+        kernels = "the C++ kernels" if ops.kernels() else "MLX alone"
+        device_name = "GPU" if device.type == mx.gpu else f"CPU with {kernels}"
+        report.say(console, f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens")
+        report.say(
+            console,
+            f"model: {self.model.n_params():,} parameters, {model_config.n_layer} layers, {model_config.n_head} heads of "
+            f"{model_config.head_dim}, {model_config.n_embd} wide, {model_config.block_size} positions, "
+            f"{model_config.vocab_size} token ids",
+        )
+        report.say(console, f"device: {device_name}, {config.dtype}; writing to {self.out_dir}")
+
+    def train(self) -> None:
+        """All steps, with an evaluation before the first, every eval_interval and after the last.
+
+        Ctrl-C finishes the step, evaluates, saves and ends as the last step would.
+        """
+        config = self.config
+        interrupted = _Interrupt()
+        tokens_per_step = config.gradient_accumulation_steps * config.batch_size * self.model.config.block_size
+        progress = report.Progress(self.console, config.max_iters, tokens_per_step)
+        with progress, interrupted:
+            self._evaluate()
+            losses: list[mx.array] = []
+            for step in range(1, config.max_iters + 1):
+                batches = [self.batches.draw() for _ in range(config.gradient_accumulation_steps)]
+                lr = learning_rate(config, step - 1)
+                losses.append(self.trainer.step(batches))
+                last = step == config.max_iters or interrupted.asked
+                if step % config.log_interval == 0 or step == 1 or last:
+                    loss = sum(mx.stack(losses).tolist()) / len(losses)
+                    if not math.isfinite(loss):
+                        raise ValueError(
+                            f"the loss is {loss} at step {step}: training has diverged; lower learning_rate = "
+                            f"{config.learning_rate} (the last good model stays in {self.out_dir})"
+                        )
+                    speed = progress.log(step, loss, lr)
+                    self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
+                    losses = []
+                if step % config.eval_interval == 0 or last:
+                    with progress.paused():
+                        self._evaluate()
+                if interrupted.asked:
+                    break
+        self._summary(interrupted.asked)
+
+    def _evaluate(self) -> None:
+        """The validation loss; the model saved as last, and as best if it is; the curve and a sample."""
+        loss = self.trainer.evaluate(self.val_batches)
+        step = self.trainer.steps
+        self.metrics.add(step=step, val_loss=loss)
+        better = loss < self.best
+        self.best = min(loss, self.best)
+        if step:
+            checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer)
+            if better:
+                checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
+            report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
+        report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if better and step else ''}", "bold")
+        if self.config.sample_tokens and step:
+            report.say(self.console, _indented(self.sample()), "dim")
+
+    def sample(self) -> str:
+        """Text from the model as it is, from an empty prompt; the same seed each time."""
+        self.model.eval()
+        ids = mx.array([[self.tokenizer.start]], mx.int32)
+        tokens = self.model.generate(ids, temperature=0.8, seed=self.config.seed, vocab_size=self.tokenizer.vocab_size)
+        return tokenizer.decode(self.tokenizer, [t.item() for t in itertools.islice(tokens, self.config.sample_tokens)])
+
+    def _summary(self, interrupted: bool) -> None:
+        print(report.terminal_curve(self.metrics, self.console))
+        steps, losses = self.metrics.curve("val_loss")
+        lowest = min(range(len(losses)), key=losses.__getitem__)
+        what = "stopped" if interrupted else "done"
+        report.say(self.console, f"{what} after {self.trainer.steps} steps; lowest validation loss {losses[lowest]:.4f} "
+             f"at step {steps[lowest]}", "bold")  # fmt: skip
+        report.say(self.console, f"loss curve: {self.out_dir / 'loss.png'}")
+        report.say(self.console, f"sample more: python -m mlxgpt.generate --model {self.out_dir / 'best'}")
+
+
+class _Interrupt:
+    """While it is entered, a first Ctrl-C or SIGTERM only sets `asked`; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> None:
+        self._handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def _make_out_dir(config: TrainConfig) -> Path:
+    """The run's directory, made. ValueError if it holds a run that may not be overwritten."""
+    if config.out_dir:
+        path = Path(config.out_dir).expanduser()
+        if (path / "metrics.jsonl").exists() or (path / "config.json").exists():
+            if not config.overwrite:
+                raise ValueError(f"out_dir: {path} already holds a run; give another, or --overwrite")
+            for model in ("best", "last"):
+                shutil.rmtree(path / model, ignore_errors=True)
+    else:
+        names = (f"runs/{config.preset}{n}" for n in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
+        path = next(Path(name) for name in names if not Path(name).exists())
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _toml(config: TrainConfig) -> str:
+    """Every setting of a run: `--config` on this file repeats it."""
+    values = {**vars(config), **vars(config.model)}
+    lines = (f"{n} = {json.dumps(values[n])}" for n in settings(TrainConfig) if values[n] is not None and n != "config")
+    return "\n".join(lines) + "\n"
+
+
+def _indented(text: str) -> str:
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    return "\n".join(f"  | {line}" for line in printable.split("\n"))
+
+
+def main(args: Sequence[str]) -> None:
+    on_gpu = cli.given(TrainConfig, args).get("device") != "cpu" and mx.is_available(mx.gpu)
+    default, preset_names = cli.with_defaults(TrainConfig, args, "shakespeare-char" if on_gpu else "cpu")
+    config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
+    vocab_given = "vocab_size" in preset_names | set(cli.given(TrainConfig, args))
+    Run(config, Console(), vocab_given).train()
+
+
+
+
+if __name__ == "__main__":
+    cli.run("mlxgpt.train", main)
