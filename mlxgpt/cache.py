@@ -35,3 +35,8 @@ class KVCache:
         if layer == len(self._layers) - 1:
             self.offset = end
         return held[0][:, :, :end], held[1][:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays of all layers, once they are allocated."""
+        return sum(buffer.nbytes for held in self._layers if held for buffer in held)
