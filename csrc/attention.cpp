@@ -1,0 +1,123 @@
+#include "attention.h"
+
+#include <memory>
+#include <new>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace mlxgpt {
+namespace {
+
+struct FreeAligned {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+using Buffer = std::unique_ptr<float, FreeAligned>;
+
+Buffer allocate(size_t n) {
+    return Buffer(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t{64})));
+}
+
+AttentionHead head_of(const AttentionCall& call, int index) {
+    const int b = index / call.n_head;
+    const int h = index % call.n_head;
+    const auto rows = [b, h](const Tensor4& t) {
+        return Rows{t.data == nullptr ? nullptr : t.data + b * t.batch_stride + h * t.head_stride,
+                    t.row_stride};
+    };
+    AttentionHead head;
+    head.q = rows(call.q);
+    head.k = rows(call.k);
+    head.v = rows(call.v);
+    head.out = rows(call.out);
+    head.lse = call.lse == nullptr ? nullptr : call.lse + static_cast<ptrdiff_t>(index) * call.T_q;
+    head.dout = rows(call.dout);
+    head.dq = rows(call.dq);
+    head.dk = rows(call.dk);
+    head.dv = rows(call.dv);
+    head.T_q = call.T_q;
+    head.T_k = call.T_k;
+    head.D = call.D;
+    head.scale = call.scale;
+    head.causal = call.causal;
+    head.dropout = call.dropout;
+    head.seed = call.seed;
+    head.batch = static_cast<uint32_t>(b);
+    head.head = static_cast<uint32_t>(h);
+    return head;
+}
+
+// How a call is cut up. Most heads are one task each: a task reads its keys once and no sums are
+// shared. Those left over, fewer than there are threads, would leave threads idle at the end; each of
+// them is split into `parts` tasks, which take every parts-th block of queries, so that under the
+// causal mask their work differs by a block at most.
+struct Plan {
+    int n_whole, n_split, parts;
+
+    Plan(int n_heads, int n_blocks, int n_threads) {
+        n_split = n_heads % n_threads;
+        parts = 1;
+        if (n_split > 0)  // the fewest parts that give every thread the same number of tasks
+            while (n_split * parts % n_threads != 0) ++parts;
+        parts = parts < n_blocks ? parts : n_blocks;
+        // With many heads for each thread the rest weighs too little to be worth sharing sums.
+        if (parts == 1 || n_heads >= 16 * n_threads) n_split = 0;
+        n_whole = n_heads - n_split;
+    }
+    int n_tasks() const { return n_whole + n_split * parts; }
+    int head(int task) const { return task < n_whole ? task : n_whole + (task - n_whole) / parts; }
+    int first(int task) const { return task < n_whole ? 0 : (task - n_whole) % parts; }
+    int step(int task) const { return task < n_whole ? 1 : parts; }
+};
+
+Plan plan_for(const AttentionCall& call, const Kernels& isa) {
+    const int n_blocks = (call.T_q + isa.query_block - 1) / isa.query_block;
+    return Plan(call.B * call.n_head, n_blocks, num_threads());
+}
+
+}  // namespace
+
+void attention_forward(const AttentionCall& call) {
+    const Kernels& isa = kernels();
+    const Plan plan = plan_for(call, isa);
+    const size_t scratch = isa.forward_scratch(call.T_k, call.D);
+    const Buffer buffer = allocate(scratch * num_threads());
+    parallel_for(plan.n_tasks(), [&](int task, int worker) {
+        isa.attention_forward(head_of(call, plan.head(task)), plan.first(task), plan.step(task),
+                              buffer.get() + worker * scratch);
+    });
+}
+
+void attention_backward(const AttentionCall& call) {
+    const Kernels& isa = kernels();
+    const Plan plan = plan_for(call, isa);
+    const size_t scratch = isa.backward_scratch(call.T_k, call.D);
+    const size_t sums = isa.kv_sums(call.T_k, call.D);
+    // Sums of whole heads belong to the worker; a part keeps its own until all parts are there.
+    const Buffer buffer = allocate((scratch + sums) * num_threads());
+    const Buffer parts = allocate(sums * plan.n_split * plan.parts);
+    parallel_for(plan.n_tasks(), [&](int task, int worker) {
+        const AttentionHead head = head_of(call, plan.head(task));
+        float* own = buffer.get() + worker * (scratch + sums);
+        if (task < plan.n_whole) {
+            isa.attention_backward(head, 0, 1, own, own + scratch);
+            isa.attention_write_kv(head, own + scratch, 1);
+        } else {
+            isa.attention_backward(head, plan.first(task), plan.step(task), own,
+                                   parts.get() + (task - plan.n_whole) * sums);
+        }
+    });
+    parallel_for(plan.n_split, [&](int split, int) {
+        isa.attention_write_kv(head_of(call, plan.n_whole + split), parts.get() + split * plan.parts * sums,
+                               plan.parts);
+    });
+}
+
+void dropout_mask(const AttentionCall& call, float* mask) {
+    const Kernels& isa = kernels();
+    parallel_for(call.B * call.n_head, [&](int index, int) {
+        isa.dropout_mask(head_of(call, index), mask + static_cast<ptrdiff_t>(index) * call.T_q * call.T_k);
+    });
+}
+
+}  // namespace mlxgpt

@@ -1,0 +1,67 @@
+// The kernels for x86-64 with AVX2 and FMA.
+#include <immintrin.h>
+
+#include "table.h"
+
+namespace {
+
+constexpr int kLanes = 8;
+// 16 registers: 6 x 2 sums, 2 vectors and a broadcast. 12 sums hide the FMA's latency (4 cycles, 2 a
+// cycle, so 8 are the least), and 8 loads for 12 FMAs stay under two loads a cycle.
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = 2;
+
+struct Vec {
+    __m256 x;
+};
+struct Mask {
+    __m256 x;
+};
+
+inline Vec set(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec lane_numbers() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
+inline Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
+inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, m.x)}; }
+
+inline float sum(Vec a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline Vec add_to_exponent(Vec a, Vec n) {
+    const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n.x), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.x), shift))};
+}
+
+struct UVec {
+    __m256i x;
+};
+inline UVec set_u(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+inline UVec lane_numbers_u() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline UVec operator+(UVec a, UVec b) { return {_mm256_add_epi32(a.x, b.x)}; }
+inline UVec operator^(UVec a, UVec b) { return {_mm256_xor_si256(a.x, b.x)}; }
+inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
+    const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
+    const __m256i even = _mm256_mul_epu32(a.x, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.x, 32), factor);
+    low = {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA)};
+    high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA)};
+}
+inline Vec top_24_bits(UVec a) { return {_mm256_cvtepi32_ps(_mm256_srli_epi32(a.x, 8))}; }
+
+}  // namespace
+
+#include "attention.h"
+
+namespace mlxgpt {
+const Kernels kernels_avx2 = MLXGPT_KERNEL_TABLE("avx2");
+}

@@ -1,0 +1,199 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cmath>
+#include <condition_variable>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+
+#if defined(__linux__)
+#include <sched.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace mlxgpt {
+namespace {
+
+#if defined(__linux__)
+int physical_cores() {
+    cpu_set_t allowed;
+    CPU_ZERO(&allowed);
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+        return static_cast<int>(std::thread::hardware_concurrency());
+    std::set<std::string> cores;  // hardware threads of one core share their list of siblings
+    int logical = 0;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        ++logical;
+        std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                           "/topology/thread_siblings_list");
+        std::string siblings;
+        if (std::getline(file, siblings)) cores.insert(siblings);
+    }
+    return cores.empty() ? logical : static_cast<int>(cores.size());
+}
+
+// The cores' worth of time that a quota file grants, or a large number. cgroup 2 has "quota period"
+// or "max period" in cpu.max; cgroup 1 has two files, with -1 for no limit.
+double granted(double quota, double period) { return quota > 0 && period > 0 ? quota / period : 1e9; }
+
+double quota_v2(const std::string& directory) {
+    std::ifstream file(directory + "/cpu.max");
+    std::string quota;
+    double period = 0;
+    if (!(file >> quota >> period) || quota == "max") return 1e9;
+    return granted(std::atof(quota.c_str()), period);
+}
+
+double quota_v1(const std::string& directory) {
+    double quota = 0, period = 0;
+    std::ifstream(directory + "/cpu.cfs_quota_us") >> quota;
+    std::ifstream(directory + "/cpu.cfs_period_us") >> period;
+    return granted(quota, period);
+}
+
+// The tightest limit of this process's group and the groups around it. In a container the path in
+// /proc/self/cgroup may not exist; then the mount's root is the container's own group.
+double cgroup_cores() {
+    double cores = std::min(quota_v2("/sys/fs/cgroup"), quota_v1("/sys/fs/cgroup/cpu"));
+    std::ifstream file("/proc/self/cgroup");
+    for (std::string line; std::getline(file, line);) {
+        const size_t path_at = line.find(':', line.find(':') + 1);
+        if (path_at == std::string::npos) continue;
+        for (std::string path = line.substr(path_at + 1); path.size() > 1; path.erase(path.rfind('/')))
+            cores =
+                std::min({cores, quota_v2("/sys/fs/cgroup" + path), quota_v1("/sys/fs/cgroup/cpu" + path)});
+    }
+    return cores;
+}
+
+int usable_cores() {
+    return std::min(physical_cores(), static_cast<int>(std::min(std::ceil(cgroup_cores()), 1e6)));
+}
+#elif defined(__APPLE__)
+// The fast cores: a slow one would finish its share last.
+int usable_cores() {
+    int cores = 0;
+    size_t size = sizeof cores;
+    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) == 0) return cores;
+    size = sizeof cores;
+    if (sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0) == 0) return cores;
+    return static_cast<int>(std::thread::hardware_concurrency());
+}
+#else
+int usable_cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
+#endif
+
+constexpr int kMostThreads = 1024;
+
+int choose_num_threads() {
+    const char* wanted = std::getenv("MLXGPT_NUM_THREADS");
+    if (wanted == nullptr || *wanted == '\0') return std::clamp(usable_cores(), 1, kMostThreads);
+    char* end = nullptr;
+    errno = 0;
+    const long n = std::strtol(wanted, &end, 10);
+    if (errno != 0 || *end != '\0' || n < 1 || n > kMostThreads)
+        throw std::invalid_argument("MLXGPT_NUM_THREADS is '" + std::string(wanted) +
+                                    "', expected a whole number from 1 to " + std::to_string(kMostThreads));
+    return static_cast<int>(n);
+}
+
+using Task = std::function<void(int, int)>;
+
+// Workers sleep on a condition variable between jobs. The caller is worker 0 and starts at once, so a
+// small job is often over before another worker has woken up.
+class Pool {
+  public:
+    explicit Pool(int n_threads) {
+        for (int worker = 1; worker < n_threads; ++worker)
+            std::thread([this, worker] { serve(worker); }).detach();
+    }
+
+    void run(int n_tasks, const Task& task) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            task_ = &task;
+            n_tasks_ = n_tasks;
+            next_ = 0;
+            ++job_;
+        }
+        wake_.notify_all();
+        work(task, n_tasks, 0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        task_ = nullptr;  // a worker that wakes up only now finds nothing to do
+        done_.wait(lock, [this] { return busy_ == 0; });
+    }
+
+  private:
+    void work(const Task& task, int n_tasks, int worker) {
+        for (int index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks;)
+            task(index, worker);
+    }
+
+    void serve(int worker) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (unsigned long seen = job_;;) {
+            wake_.wait(lock, [&] { return job_ != seen; });
+            seen = job_;
+            if (task_ == nullptr) continue;
+            const Task& task = *task_;
+            const int n_tasks = n_tasks_;
+            ++busy_;
+            lock.unlock();
+            work(task, n_tasks, worker);
+            lock.lock();
+            if (--busy_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    const Task* task_ = nullptr;
+    int n_tasks_ = 0;
+    unsigned long job_ = 0;
+    int busy_ = 0;
+    std::atomic<int> next_{0};
+};
+
+// Held while a job runs, so callers take turns; and across a fork, so that a child never inherits a
+// job half done. The child has no workers: it forgets the pool and makes its own when it needs one.
+// A pool is never destroyed: its threads may outlive every static object.
+std::mutex turn;
+Pool* pool = nullptr;
+
+[[maybe_unused]] const int fork_handlers = pthread_atfork([] { turn.lock(); }, [] { turn.unlock(); },
+                                                          [] {
+                                                              pool = nullptr;
+                                                              turn.unlock();
+                                                          });
+
+}  // namespace
+
+int num_threads() {
+    static const int n = choose_num_threads();
+    return n;
+}
+
+void parallel_for(int n_tasks, const Task& task) {
+    const std::lock_guard<std::mutex> lock(turn);
+    if (n_tasks > 1 && num_threads() > 1) {
+        if (pool == nullptr) pool = new Pool(num_threads());
+        pool->run(n_tasks, task);
+        return;
+    }
+    for (int index = 0; index < n_tasks; ++index) task(index, 0);
+}
+
+}  // namespace mlxgpt
