@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .config import GPTConfig
+from .config import GPTConfig, from_dict
 from .model import GPT
 from .tokenizer import Tokenizer
 
@@ -81,13 +81,13 @@ def load_config(directory: Path) -> GPTConfig:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["model_type"]
-        ours = config.get("mlxgpt", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not a model's configuration: {what}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    ours = config.get("mlxgpt", {}) if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        raise ValueError(f"{path}: not the configuration of a model")
     rules = {
-        "model_type": (kind, ["gpt2"]),
+        "model_type": (config.get("model_type"), ["gpt2"]),
         "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
         "n_inner": (config.get("n_inner"), [None, 4 * config.get("n_embd", 0)]),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
@@ -101,14 +101,11 @@ def load_config(directory: Path) -> GPTConfig:
     values = {ours_: config[theirs] for ours_, theirs in _CONFIG_KEYS.items() if theirs in config}
     if missing := [theirs for ours_, theirs in _CONFIG_KEYS.items() if ours_ not in values]:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
-    try:
-        return GPTConfig(**values, bias=ours.get("bias", True))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return from_dict(GPTConfig, {**values, "bias": ours.get("bias", True)}, source=str(path))
 
 
 def load_model(directory: Path) -> GPT:
-    """The model in a directory, in float32.
+    """The model in a directory, in float32, ready for evaluation.
 
     FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that
     holds a value that is not finite.
@@ -143,6 +140,7 @@ def load_model(directory: Path) -> GPT:
         weights[name] = mx.contiguous(tensor.T) if _is_conv1d(name) else tensor
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
+    model.eval()
     return model
 
 
