@@ -44,10 +44,7 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
     temporary.mkdir(parents=True)
     try:
         for name, data in content.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(temporary / name, data)
         _write_weights(temporary / WEIGHTS, model)
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
@@ -58,6 +55,19 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
             os.rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A small file, whole and on the disk, in place of one that is there. OSError leaves that as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_model(path: Path) -> Path:
@@ -89,7 +99,6 @@ def load_config(directory: Path) -> GPTConfig:
     rules = {
         "model_type": (config.get("model_type"), ["gpt2"]),
         "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
-        "n_inner": (config.get("n_inner"), [None, 4 * config.get("n_embd", 0)]),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
         "tie_word_embeddings": (config.get("tie_word_embeddings", True), [True]),
         "scale_attn_weights": (config.get("scale_attn_weights", True), [True]),
@@ -101,7 +110,10 @@ def load_config(directory: Path) -> GPTConfig:
     values = {ours_: config[theirs] for ours_, theirs in _CONFIG_KEYS.items() if theirs in config}
     if missing := [theirs for ours_, theirs in _CONFIG_KEYS.items() if ours_ not in values]:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
-    return from_dict(GPTConfig, {**values, "bias": ours.get("bias", True)}, source=str(path))
+    model = from_dict(GPTConfig, {**values, "bias": ours.get("bias", True)}, source=str(path))
+    if (n_inner := config.get("n_inner")) not in (None, 4 * model.n_embd):
+        raise ValueError(f"{path}: n_inner is {n_inner!r}, expected 4 n_embd = {4 * model.n_embd}")
+    return model
 
 
 def load_model(directory: Path) -> GPT:

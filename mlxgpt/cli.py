@@ -124,8 +124,9 @@ def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
     except BrokenPipeError:  # the reader has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except (UsageError, ValueError, OSError, MemoryError) as error:
-        if os.environ.get("MLXGPT_TRACEBACK") == "1":
+    except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = isinstance(error, RuntimeError) and "alloc" in str(error)  # what MLX raises
+        if os.environ.get("MLXGPT_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not no_memory):
             raise
         print(f"{prog}: error: {describe(error)}", file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1

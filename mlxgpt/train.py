@@ -62,7 +62,7 @@ class Trainer:
         def evaluation(x: mx.array, y: mx.array) -> mx.array:
             return with_weights(loss, x, y)
 
-        if config.compile and mx.default_device().type == mx.gpu:
+        if _compiles(config):
             state = [model.state, self.optimizer.state]
             gradient = mx.compile(gradient, [model.state, mx.random.state], [mx.random.state])
             update = mx.compile(update, state, state)
@@ -97,6 +97,11 @@ class Trainer:
         return total / len(batches)
 
 
+def _compiles(config: TrainConfig) -> bool:
+    """On a GPU; the CPU's kernels run at once and leave no graph to compile."""
+    return config.compile and mx.default_device().type == mx.gpu
+
+
 class Run:
     """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the models best/ and last/."""
 
@@ -123,9 +128,9 @@ class Run:
         self.val_batches = [validation.draw() for _ in range(config.eval_iters)]
 
         self.out_dir = _make_out_dir(config)
-        (self.out_dir / "settings.toml").write_text(_toml(dataclasses.replace(config, model=model_config)))
+        checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl")
-        self.best = math.inf
+        self.best, self.best_step = math.inf, 0
         mx.random.seed(config.seed)
         self.model = GPT(model_config)
         self.trainer = Trainer(self.model, config)
@@ -151,10 +156,9 @@ class Run:
         config = self.config
         interrupted = _Interrupt()
         tokens_per_step = config.gradient_accumulation_steps * config.batch_size * self.model.config.block_size
-        progress = report.Progress(self.console, config.max_iters, tokens_per_step)
-        with progress, interrupted:
-            self._evaluate()
-            losses: list[mx.array] = []
+        losses: list[mx.array] = []
+        self._evaluate()
+        with report.Progress(self.console, config.max_iters, tokens_per_step) as progress, interrupted:
             for step in range(1, config.max_iters + 1):
                 batches = [self.batches.draw() for _ in range(config.gradient_accumulation_steps)]
                 lr = learning_rate(config, step - 1)
@@ -173,24 +177,25 @@ class Run:
                 if step % config.eval_interval == 0 or last:
                     with progress.paused():
                         self._evaluate()
-                if interrupted.asked:
+                if last:
                     break
-        self._summary(interrupted.asked)
+        self._summary()
 
     def _evaluate(self) -> None:
-        """The validation loss; the model saved as last, and as best if it is; the curve and a sample."""
-        loss = self.trainer.evaluate(self.val_batches)
-        step = self.trainer.steps
+        """The validation loss; after the first step also a sample, the curve, and the model saved as last,
+        and as best if it is."""
+        loss, step = self.trainer.evaluate(self.val_batches), self.trainer.steps
         self.metrics.add(step=step, val_loss=loss)
-        better = loss < self.best
-        self.best = min(loss, self.best)
-        if step:
-            checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer)
-            if better:
-                checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
-            report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
-        report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if better and step else ''}", "bold")
-        if self.config.sample_tokens and step:
+        best = step > 0 and loss < self.best
+        report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
+        if step == 0:
+            return
+        checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer)
+        if best:
+            checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
+            self.best, self.best_step = loss, step
+        report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
+        if self.config.sample_tokens:
             report.say(self.console, _indented(self.sample()), "dim")
 
     def sample(self) -> str:
@@ -200,13 +205,11 @@ class Run:
         tokens = self.model.generate(ids, temperature=0.8, seed=self.config.seed, vocab_size=self.tokenizer.vocab_size)
         return tokenizer.decode(self.tokenizer, [t.item() for t in itertools.islice(tokens, self.config.sample_tokens)])
 
-    def _summary(self, interrupted: bool) -> None:
+    def _summary(self) -> None:
         print(report.terminal_curve(self.metrics, self.console))
-        steps, losses = self.metrics.curve("val_loss")
-        lowest = min(range(len(losses)), key=losses.__getitem__)
-        what = "stopped" if interrupted else "done"
-        report.say(self.console, f"{what} after {self.trainer.steps} steps; lowest validation loss {losses[lowest]:.4f} "
-             f"at step {steps[lowest]}", "bold")  # fmt: skip
+        what = "done" if self.trainer.steps == self.config.max_iters else "stopped"
+        best = f"best validation loss {self.best:.4f} at step {self.best_step}"
+        report.say(self.console, f"{what} after {self.trainer.steps} steps; {best}", "bold")
         report.say(self.console, f"loss curve: {self.out_dir / 'loss.png'}")
         report.say(self.console, f"sample more: python -m mlxgpt.generate --model {self.out_dir / 'best'}")
 
@@ -246,11 +249,11 @@ def _make_out_dir(config: TrainConfig) -> Path:
     return path
 
 
-def _toml(config: TrainConfig) -> str:
+def _toml(config: TrainConfig) -> bytes:
     """Every setting of a run: `--config` on this file repeats it."""
     values = {**vars(config), **vars(config.model)}
     lines = (f"{n} = {json.dumps(values[n])}" for n in settings(TrainConfig) if values[n] is not None and n != "config")
-    return "\n".join(lines) + "\n"
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _indented(text: str) -> str:

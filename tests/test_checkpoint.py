@@ -184,9 +184,10 @@ def test_large_finite_values_are_fine(saved):
     [
         (dict(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
         (dict(activation_function="relu"), "activation_function is 'relu'"),
-        (dict(n_inner=7), "n_inner is 7, expected None or 32"),
+        (dict(n_inner=7), "n_inner is 7, expected 4 n_embd = 32"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
         (dict(n_head=3), "n_embd is 8, expected a multiple of n_head = 3"),
+        (dict(n_embd=None), "n_embd is None, expected int"),
         (dict(n_layer="two"), "n_layer is 'two', expected int"),
         (dict(mlxgpt={"format": 2}), "mlxgpt.format is 2, expected 1"),
         (dict(mlxgpt=3), "not the configuration of a model"),
