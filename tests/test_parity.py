@@ -45,12 +45,13 @@ def ours(model, config: GPTConfig) -> GPT:
 )
 def test_logits_and_transformers_reading_our_directory(config, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = torch_model(config, scale=8)
-    gpt = ours(model, config)
+    model = torch_model(config, scale=2)
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, config.block_size))
-    logits = np.array(gpt(mx.array(ids.astype(np.int32))))
     with torch.no_grad():
+        model.ln_f.weight.mul_(10 / model(torch.tensor(ids)).abs().max())  # logits of order 10
         theirs = model(torch.tensor(ids)).numpy()
+    gpt = ours(model, config)
+    logits = np.array(gpt(mx.array(ids.astype(np.int32))))
     assert np.abs(theirs).max() > 5
     assert np.abs(logits - theirs).max() < 1e-4
 
@@ -67,14 +68,14 @@ def test_the_default_model_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     mx.random.seed(1)
     gpt = GPT(GPTConfig())
-    gpt.wte.weight = gpt.wte.weight * 20
+    gpt.ln_f.weight = gpt.ln_f.weight * 8
     gpt.eval()
     checkpoint.save_model(tmp_path / "m", gpt)
     ids = np.random.default_rng(2).integers(0, 50257, (1, 24))
     logits = np.array(gpt(mx.array(ids.astype(np.int32))))
     with torch.no_grad():
         theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "m").eval()(torch.tensor(ids)).logits.numpy()
-    assert np.abs(theirs).max() > 10
+    assert np.abs(theirs).max() > 3
     assert np.abs(logits - theirs).max() < 1e-4
 
 
