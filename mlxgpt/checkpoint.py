@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from .config import GPTConfig, from_dict
 from .model import GPT
@@ -96,7 +96,7 @@ def load_config(directory: Path) -> GPTConfig:
     ours = config.get("mlxgpt", {}) if isinstance(config, dict) else None
     if not isinstance(ours, dict):
         raise ValueError(f"{path}: not the configuration of a model")
-    rules = {
+    rules: dict[str, tuple[Any, list[Any]]] = {
         "model_type": (config.get("model_type"), ["gpt2"]),
         "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
@@ -126,14 +126,14 @@ def load_model(directory: Path) -> GPT:
     if not path.exists():
         raise FileNotFoundError(f"model: {directory} has no {WEIGHTS}")
     try:
-        weights = mx.load(str(path))
+        weights: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
         mx.eval(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     weights = {name: t for name, t in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     model = GPT(config)
-    expected = {name: _file_shape(name, p.shape) for name, p in tree_flatten(model.parameters())}
+    expected = {name: _file_shape(name, p.shape) for name, p in model.named_weights().items()}
     if not config.bias:  # the zeros that other programs want to see
         weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
     faults = [f"missing {name}" for name in expected if name not in weights]
@@ -192,7 +192,7 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
 def _write_weights(path: Path, model: GPT) -> None:
     """model.safetensors, on the disk when this returns."""
     weights = {}
-    for name, p in tree_flatten(model.parameters()):
+    for name, p in model.named_weights().items():
         weights[name] = mx.contiguous(p.T) if _is_conv1d(name) else p
         bias = name.removesuffix("weight") + "bias"
         if not model.config.bias and name not in ("wte.weight", "wpe.weight"):
@@ -226,4 +226,3 @@ def _finite(tensor: mx.array) -> bool:
 
 def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-

@@ -34,10 +34,11 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
     words = [word for flag in _flags(cls, args) for word in flag]
+    flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(tyro.conf.OmitArgPrefixes[cls], args=words, default=default, prog=prog, use_underscores=True)
+            return tyro.cli(flat, args=words, default=default, prog=prog, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help

@@ -43,7 +43,7 @@ def main(args: Sequence[str]) -> None:
             seed=config.seed + n,
             vocab_size=text.vocab_size,
         )
-        new = (int(token.item()) for token in itertools.islice(tokens, config.max_new_tokens))
+        new = (int(token) for token in itertools.islice(tokens, config.max_new_tokens))
         until_end = itertools.takewhile(lambda token: token != text.end_of_text, new)
         sys.stdout.write(config.prompt)
         for piece in stream_text(until_end, text):

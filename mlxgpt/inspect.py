@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import tyro
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -73,7 +73,7 @@ class Call:
 
 def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]:
     """What loss(ids, ids) calls, or with a cache the forward pass, in order. Nothing is computed."""
-    names = {id(p): name.removesuffix(".weight") for name, p in tree_flatten(model.parameters())}
+    names = {id(p): name.removesuffix(".weight") for name, p in model.named_weights().items()}
     calls: list[Call] = []
 
     def recorder(op: str, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -130,7 +130,7 @@ def shape_table(calls: list[Call], ids: mx.array) -> Table:
     previous = ""
     for call in calls:
         in_block = call.path.startswith("h.")
-        if in_block and not call.path.startswith("h.0.") or call.op == "cross_entropy":
+        if (in_block and not call.path.startswith("h.0.")) or call.op == "cross_entropy":
             previous = call.path
             continue
         if previous.startswith("h.") and not in_block and len(blocks) > 1:
@@ -153,7 +153,7 @@ def shape_table(calls: list[Call], ids: mx.array) -> Table:
 def parameter_table(model: GPT) -> Table:
     """Parameters per component, and the total in the ways that it is usually counted."""
     counts: dict[str, int] = {}
-    for name, p in tree_flatten(model.parameters()):
+    for name, p in model.named_weights().items():
         parts = name.split(".")
         component = ".".join(parts[2:-1]) if parts[0] == "h" else parts[0]
         counts[component] = counts.get(component, 0) + p.size
@@ -192,7 +192,7 @@ def flops_table(calls: list[Call], tokens: int) -> Table:
 
 def memory_table(model: GPT, calls: list[Call], cache: KVCache, dtype: str) -> Table:
     """Bytes held in training and in generation."""
-    weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    weights = sum(p.nbytes for p in model.named_weights().values())
     saved = {id(a): a for call in calls for a in call.inputs if a.dtype != mx.int32 and call.op != "cross_entropy"}
     scores = [call.score_shape() for call in calls if call.op == "attention"]
     logits = next(call for call in calls if call.op == "cross_entropy").inputs[0]

@@ -109,8 +109,8 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 
 def _attention_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, dropout_p: float) -> mx.array:
     # The backward pass draws the forward pass's dropout mask again, from the same seed.
-    seed = int(mx.random.randint(0, 2**31 - 1).item()) if dropout_p else 0
-    options = dict(scale=scale, dropout=dropout_p, seed=seed)
+    seed = int(mx.random.randint(0, 2**31 - 1)) if dropout_p else 0
+    options: dict[str, Any] = dict(scale=scale, dropout=dropout_p, seed=seed)
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
@@ -129,7 +129,8 @@ def _attention_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, dropo
         _core.attention_backward(*_views(*primals, *outputs, d_out, dq, dk, dv), **options)
         return dq, dk, dv
 
-    return forward(q, k, v)[0]
+    result: Any = forward(q, k, v)
+    return result[0]
 
 
 def _empty_heads(like: mx.array) -> mx.array:

@@ -52,12 +52,10 @@ class Trainer:
         def gradient(x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
             return with_weights(mx.value_and_grad(loss), x, y)
 
-        def update(gradients: dict[str, Any]) -> mx.array:
-            norm = mx.array(0.0)
+        def update(gradients: dict[str, Any]) -> None:
             if config.grad_clip:
-                gradients, norm = clip_grad_norm(gradients, config.grad_clip)
+                gradients, _ = clip_grad_norm(gradients, config.grad_clip)
             self.optimizer.update(model, gradients)
-            return norm
 
         def evaluation(x: mx.array, y: mx.array) -> mx.array:
             return with_weights(loss, x, y)
@@ -73,28 +71,23 @@ class Trainer:
         """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar."""
         self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
-        losses, total = [], None
-        for x, y in batches:
-            loss, gradients = self._gradient(mx.array(x), mx.array(y))
-            total = gradients if total is None else tree_map(mx.add, total, gradients)
-            losses.append(loss)
-            if len(batches) > 1:
-                mx.eval(loss, total)  # so that one micro-batch's activations are held at a time
-        if len(batches) > 1:
-            total = tree_map(lambda g: g / len(batches), total)
-        self._update(total)
+        (x, y), *others = batches
+        loss, gradients = self._gradient(mx.array(x), mx.array(y))
+        for x, y in others:
+            mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
+            sums = loss, gradients
+            loss, gradients = tree_map(mx.add, sums, self._gradient(mx.array(x), mx.array(y)))
+        if others:
+            loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
+        self._update(gradients)
         self.steps += 1
-        loss = sum(losses) / len(losses)
         mx.async_eval(loss, self.model.state, self.optimizer.state)
         return loss
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over some batches, without dropout."""
         self.model.eval()
-        total = 0.0
-        for x, y in batches:
-            total += self._evaluation(mx.array(x), mx.array(y)).item()
-        return total / len(batches)
+        return sum(float(self._evaluation(mx.array(x), mx.array(y))) for x, y in batches) / len(batches)
 
 
 def _compiles(config: TrainConfig) -> bool:
@@ -109,18 +102,17 @@ class Run:
         self.config, self.console = config, console
         device = ops.use_device(config.device)
         corpus = data.load_corpus(config.data)
-        self.tokenizer: tokenizer.Tokenizer = (
-            tokenizer.BPETokenizer.gpt2()
-            if config.tokenizer == "gpt2"
-            else tokenizer.CharTokenizer.of(*corpus.train, *corpus.val)
-        )
+        self.tokenizer: tokenizer.Tokenizer
+        if config.tokenizer == "gpt2":
+            self.tokenizer = tokenizer.BPETokenizer.gpt2()
+        else:
+            self.tokenizer = tokenizer.CharTokenizer.of(*corpus.train, *corpus.val)
         model_config = config.model
         if not vocab_given:
             model_config = dataclasses.replace(model_config, vocab_size=self.tokenizer.vocab_size)
         elif model_config.vocab_size < self.tokenizer.vocab_size:
-            raise ValueError(
-                f"vocab_size is {model_config.vocab_size}, expected at least the tokenizer's {self.tokenizer.vocab_size}"
-            )
+            least = f"at least the tokenizer's {self.tokenizer.vocab_size}"
+            raise ValueError(f"vocab_size is {model_config.vocab_size}, expected {least}")
         train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
         shape = (model_config.block_size, config.batch_size)
         self.batches = data.Batches(train, *shape, config.seed, "training")
@@ -139,11 +131,14 @@ class Run:
         skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and config.data != "stdlib" else ""
         kernels = "the C++ kernels" if ops.kernels() else "MLX alone"
         device_name = "GPU" if device.type == mx.gpu else f"CPU with {kernels}"
-        report.say(console, f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens")
         report.say(
             console,
-            f"model: {self.model.n_params():,} parameters, {model_config.n_layer} layers, {model_config.n_head} heads of "
-            f"{model_config.head_dim}, {model_config.n_embd} wide, {model_config.block_size} positions, "
+            f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens",
+        )
+        report.say(
+            console,
+            f"model: {self.model.n_params():,} parameters; {model_config.n_layer} layers, {model_config.n_head} heads "
+            f"of {model_config.head_dim}, {model_config.n_embd} wide, {model_config.block_size} positions, "
             f"{model_config.vocab_size} token ids",
         )
         report.say(console, f"device: {device_name}, {config.dtype}; writing to {self.out_dir}")
@@ -165,7 +160,7 @@ class Run:
                 losses.append(self.trainer.step(batches))
                 last = step == config.max_iters or interrupted.asked
                 if step % config.log_interval == 0 or step == 1 or last:
-                    loss = sum(mx.stack(losses).tolist()) / len(losses)
+                    loss = float(mx.stack(losses).mean())
                     if not math.isfinite(loss):
                         raise ValueError(
                             f"the loss is {loss} at step {step}: training has diverged; lower learning_rate = "
@@ -203,7 +198,7 @@ class Run:
         self.model.eval()
         ids = mx.array([[self.tokenizer.start]], mx.int32)
         tokens = self.model.generate(ids, temperature=0.8, seed=self.config.seed, vocab_size=self.tokenizer.vocab_size)
-        return tokenizer.decode(self.tokenizer, [t.item() for t in itertools.islice(tokens, self.config.sample_tokens)])
+        return tokenizer.decode(self.tokenizer, [int(t) for t in itertools.islice(tokens, self.config.sample_tokens)])
 
     def _summary(self) -> None:
         print(report.terminal_curve(self.metrics, self.console))
@@ -267,8 +262,6 @@ def main(args: Sequence[str]) -> None:
     config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
     vocab_given = "vocab_size" in preset_names | set(cli.given(TrainConfig, args))
     Run(config, Console(), vocab_given).train()
-
-
 
 
 if __name__ == "__main__":

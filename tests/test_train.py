@@ -273,5 +273,3 @@ def test_a_padded_vocabulary_is_kept(corpus, tmp_path):
     result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--vocab_size", "64", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert checkpoint.load_model(tmp_path / "run" / "last").config.vocab_size == 64
-
-
