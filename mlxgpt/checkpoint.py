@@ -31,6 +31,14 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
     OSError when the disk is full or can't be written.
     """
     content = {"config.json": _config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
+    try:
+        _save(directory, content, model)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"{directory}: the model can't be written: {reason}") from None
+
+
+def _save(directory: Path, content: dict[str, bytes], model: GPT) -> None:
     if directory.is_dir() and all(_content(directory / name) == data for name, data in content.items()):
         # Only the weights are new: one atomic rename.
         temporary = directory / f".{os.getpid()}.{WEIGHTS}"
@@ -197,10 +205,7 @@ def _write_weights(path: Path, model: GPT) -> None:
         bias = name.removesuffix("weight") + "bias"
         if not model.config.bias and name not in ("wte.weight", "wpe.weight"):
             weights[bias] = mx.zeros(p.shape[:1])
-    try:
-        mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
-    except RuntimeError as error:
-        raise OSError(f"{path}: can't be written: {error}") from None
+    mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -33,8 +33,11 @@ class Metrics:
 
     def add(self, **values: Any) -> None:
         self.lines.append(values)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """The steps and values of one quantity."""

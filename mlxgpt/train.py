@@ -240,7 +240,10 @@ def _make_out_dir(config: TrainConfig) -> Path:
     else:
         names = (f"runs/{config.preset}{n}" for n in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
         path = next(Path(name) for name in names if not Path(name).exists())
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"out_dir: {path} can't be made: {error.strerror}") from None
     return path
 
 

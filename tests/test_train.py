@@ -242,8 +242,8 @@ def test_ctrl_c_saves_and_ends(corpus, tmp_path):
         (["--block_size", "4000"], "fewer than block_size + 1 = 4001"),
         (["--vocab_size", "5"], "vocab_size is 5, expected at least the tokenizer's 28"),
         (["--device", "gpu"], "device is gpu, but MLX has no GPU here"),
-        (["--out_dir", "text.txt/run"], "text.txt"),
-        (["--out_dir", "text.txt"], "text.txt"),
+        (["--out_dir", "text.txt/run"], "out_dir: text.txt/run can't be made: Not a directory"),
+        (["--out_dir", "text.txt"], "out_dir: text.txt can't be made: File exists"),
         (["--learning_rate", "1e30", "--warmup_iters", "0", "--grad_clip", "0"], "training has diverged"),
     ],
 )
@@ -265,7 +265,7 @@ def test_an_out_dir_that_cant_be_written(corpus, tmp_path):
         pytest.skip("permissions do not bind this user")
     result = command("--data", str(corpus), "--out_dir", "closed/run", *TINY_FLAGS, cwd=tmp_path)
     assert result.returncode == 1
-    assert "closed/run: Permission denied" in result.stderr
+    assert "closed/run can't be made: Permission denied" in result.stderr
     assert not list(closed.iterdir())
 
 
