@@ -66,6 +66,13 @@ def test_end_of_text_ends_the_sample_and_is_not_printed(capsys, tmp_path):
     assert out == "Hello\n"
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4))
+    checkpoint.save_model(tmp_path / "m", model, CharTokenizer("abcd"))
+    with pytest.raises(ValueError, match="its tokenizer has 4 ids, its model vocab_size = 3"):
+        generate.main(["--model", str(tmp_path / "m")])
+
+
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
