@@ -27,6 +27,9 @@ from .config import PRESETS, GPTConfig, nearest, settings
 from .model import GPT
 
 
+STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
+
+
 @dataclass(frozen=True)
 class InspectConfig:
     """Show how a model is built: its shapes step by step, parameters, arithmetic and memory."""
@@ -104,12 +107,38 @@ def explain(config: GPTConfig) -> str:
     T, C, n_head, D = config.block_size, config.n_embd, config.n_head, config.head_dim
     return (
         f"The model reads up to T = {T} tokens at once. Each token becomes a row of C = {C} numbers, so the "
-        f"sequence is a [{T}, {C}] matrix, from the first layer to the last.\n\n"
-        f"Heads divide the {C} numbers of a row, not the {T} rows: {n_head} heads x {D} = {C}. Every head sees "
-        f"all {T} positions. It makes a query, a key and a value of {D} numbers at each, three [{T}, {D}] matrices; "
-        f"multiplies queries with keys, divides by sqrt({D}), and has a [{T}, {T}] matrix of scores, one for each "
-        f"pair of positions; hides those of later positions; and averages the values by the softmax of the scores, "
-        f"[{T}, {D}]. The {n_head} heads' results side by side are [{T}, {C}] again."
+        f"sequence is a matrix of {T} rows and {C} columns, from the first layer to the last.\n\n"
+        f"Heads divide the {C} columns, not the {T} rows: {n_head} heads x {D} = {C}. Every head sees all {T} "
+        f"positions. It makes a query, a key and a value of {D} numbers at each; multiplies queries with keys and "
+        f"divides by sqrt({D}), which gives one score for each pair of positions; hides the scores of later "
+        f"positions; and averages the values by the softmax of the scores. The results of the {n_head} heads, side "
+        f"by side, are {T} rows of {C} again."
+    )
+
+
+def draw(config: GPTConfig) -> str:
+    """The same as a picture: the columns of each head, and what one head does with them."""
+    T, C, n_head, D = config.block_size, config.n_embd, config.n_head, config.head_dim
+    heads = [str(n) for n in range(1, n_head + 1)] if n_head <= 12 else [*"123456789", "..", str(n_head)]
+    edge, empty = ["─" * 4] * len(heads), [" " * 4] * len(heads)
+    left = " " * 10
+    scores = {
+        "█      ": f"scores [{T}, {T}] = q [{T}, {D}] k^T [{D}, {T}] / sqrt({D})",
+        "██     ": "row i compares position i with 1 to i; the later ones are hidden",
+        "████   ": "softmax turns each row into weights that sum to 1",
+        "███████": f"result [{T}, {D}] = weights [{T}, {T}] v [{T}, {D}]",
+    }
+    return "\n".join(
+        [
+            f"{left}q, k and v: each {n_head} heads x {D} = {C} columns",
+            f"{left}┌{'┬'.join(edge)}┐",
+            f"     head │{'│'.join(head.center(4) for head in heads)}│",
+            f"{T:>4} rows │{'│'.join(empty)}│",
+            f"{left}└{'┴'.join(edge)}┘",
+            f" one head ┌{'─' * 7}┐",
+            *(f"{left}│{row}│   {note}" for row, note in scores.items()),
+            f"{left}└{'─' * 7}┘",
+        ]
     )
 
 
@@ -234,7 +263,10 @@ def _flops(n: float) -> str:
 def _find_config(target: str) -> GPTConfig:
     """The shape that a preset's name or a model directory stands for."""
     if target in PRESETS:
-        return GPTConfig(**{n: v for n, v in PRESETS[target].items() if n in settings(GPTConfig)})
+        values = {n: v for n, v in PRESETS[target].items() if n in settings(GPTConfig)}
+        if PRESETS[target].get("tokenizer", "char") == "char":  # training takes it from the text
+            values.setdefault("vocab_size", STDLIB_CHARACTERS)
+        return GPTConfig(**values)
     if Path(target).expanduser().is_dir():
         return checkpoint.load_config(checkpoint.find_model(Path(target).expanduser()))
     raise ValueError(
@@ -255,6 +287,7 @@ def main(args: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(f"[bold]{target}[/bold]: " + ", ".join(f"{n} {v}" for n, v in vars(config.model).items()), "\n")
     console.print(explain(config.model), "\n")
+    console.print(draw(config.model), "\n", markup=False)
     console.print(shape_table(calls, ids))
     console.print(parameter_table(model))
     console.print(flops_table(calls, ids.size))
