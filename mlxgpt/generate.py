@@ -28,8 +28,8 @@ def main(args: Sequence[str]) -> None:
     directory = checkpoint.find_model(Path(config.model).expanduser())
     model, text = checkpoint.load_model(directory), tokenizer.load(directory)
     if text.vocab_size > model.config.vocab_size:
-        ids = f"its tokenizer has {text.vocab_size} ids, its model vocab_size = {model.config.vocab_size}"
-        raise ValueError(f"model: {directory}: {ids}")
+        counts = f"its tokenizer has {text.vocab_size} ids, its model vocab_size = {model.config.vocab_size}"
+        raise ValueError(f"model: {directory}: {counts}")
     try:
         prompt = text.encode(config.prompt).tolist() or [text.start]
     except ValueError as error:

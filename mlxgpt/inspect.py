@@ -26,7 +26,6 @@ from .cache import KVCache
 from .config import PRESETS, GPTConfig, nearest, settings
 from .model import GPT
 
-
 STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
 
 
@@ -123,8 +122,8 @@ def draw(config: GPTConfig) -> str:
     edge, empty = ["─" * 4] * len(heads), [" " * 4] * len(heads)
     left = " " * 10
     scores = {
-        "█      ": f"scores [{T}, {T}] = q [{T}, {D}] k^T [{D}, {T}] / sqrt({D})",
-        "██     ": "row i compares position i with 1 to i; the later ones are hidden",
+        "█      ": f"scores [{T}, {T}] = q [{T}, {D}] k^T [{D}, {T}] / √{D}",
+        "██     ": "row i compares position i with 1 to i; later ones are hidden",
         "████   ": "softmax turns each row into weights that sum to 1",
         "███████": f"result [{T}, {D}] = weights [{T}, {T}] v [{T}, {D}]",
     }
@@ -136,7 +135,7 @@ def draw(config: GPTConfig) -> str:
             f"{T:>4} rows │{'│'.join(empty)}│",
             f"{left}└{'┴'.join(edge)}┘",
             f" one head ┌{'─' * 7}┐",
-            *(f"{left}│{row}│   {note}" for row, note in scores.items()),
+            *(f"{left}│{row}│  {note}" for row, note in scores.items()),
             f"{left}└{'─' * 7}┘",
         ]
     )
