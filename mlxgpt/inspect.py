@@ -123,7 +123,7 @@ def draw(config: GPTConfig) -> str:
     left = " " * 10
     scores = {
         "█      ": f"scores [{T}, {T}] = q [{T}, {D}] k^T [{D}, {T}] / √{D}",
-        "██     ": "row i compares position i with 1 to i; later ones are hidden",
+        "██     ": "row i: position i with 1 to i; later ones are hidden",
         "████   ": "softmax turns each row into weights that sum to 1",
         "███████": f"result [{T}, {D}] = weights [{T}, {T}] v [{T}, {D}]",
     }
