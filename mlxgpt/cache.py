@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 
 class KVCache:
@@ -28,7 +29,8 @@ class KVCache:
         held = self._layers[layer]
         if held is None:
             shape = (B, n_head, self.block_size, head_dim)
-            held = (mx.zeros(shape, k.dtype), mx.zeros(shape, v.dtype))
+            zeros = np.zeros if isinstance(k, np.ndarray) else mx.zeros  # as the kernels or MLX make them
+            held = (zeros(shape, k.dtype), zeros(shape, v.dtype))
         for buffer, new in zip(held, (k, v), strict=True):
             buffer[:, :, self.offset : end] = new
         self._layers[layer] = held

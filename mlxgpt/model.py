@@ -30,8 +30,9 @@ class Linear(nn.Module):
         if bias:
             self.bias = mx.zeros((n_out,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.linear(x, self.weight, self.get("bias"))
+    def __call__(self, x: mx.array, residual: mx.array | None = None, dropout_p: float = 0.0) -> mx.array:
+        """With dropout of what it returns, and the residual stream added to that."""
+        return ops.linear(x, self.weight, self.get("bias"), residual, dropout_p)
 
 
 class Embedding(nn.Module):
@@ -40,9 +41,6 @@ class Embedding(nn.Module):
     def __init__(self, n_ids: int, n_embd: int) -> None:
         super().__init__()
         self.weight = mx.random.normal((n_ids, n_embd), scale=0.02)
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        return ops.embedding(ids, self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -69,22 +67,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(C, 3 * C, config.bias)  # queries, keys and values of all heads at once
         self.c_proj = Linear(C, C, config.bias, residual_std)
 
-    def __call__(self, x: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
-        B, T, C = x.shape
-        q, k, v = (
-            part.reshape(B, T, self.n_head, C // self.n_head).swapaxes(1, 2)  # (B, n_head, T, head_dim)
-            for part in mx.split(self.c_attn(x), 3, axis=-1)  # (B, T, 3C) -> 3 x (B, T, C)
-        )
+    def __call__(self, x: mx.array, residual: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
+        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, 3C) -> 3 x (B, n_head, T, head_dim)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, n_head, T_k, head_dim): those seen before come first
         p = self.dropout if self.training else 0.0
         y = ops.attention(q, k, v, p)  # (B, n_head, T, head_dim), by way of (B, n_head, T, T_k) scores
-        y = y.swapaxes(1, 2).reshape(B, T, C)  # (B, T, n_head, head_dim) -> (B, T, C): heads side by side
-        return ops.dropout(self.c_proj(y), p)
+        return self.c_proj(ops.merge_heads(y), residual, p)  # heads side by side: (B, T, C)
 
 
 class MLP(nn.Module):
-    """Each position by itself, through a layer four times as wide."""
+    """Each position by itself, through a layer four times as wide and a GELU."""
 
     def __init__(self, config: GPTConfig, residual_std: float) -> None:
         super().__init__()
@@ -93,9 +86,9 @@ class MLP(nn.Module):
         self.c_fc = Linear(C, 4 * C, config.bias)
         self.c_proj = Linear(4 * C, C, config.bias, residual_std)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        h = ops.gelu(self.c_fc(x), self.exact_gelu)  # (B, T, C) -> (B, T, 4C)
-        return ops.dropout(self.c_proj(h), self.dropout if self.training else 0.0)  # (B, T, C)
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        p = self.dropout if self.training else 0.0
+        return ops.mlp(x, self.c_fc, self.c_proj, self.exact_gelu, residual, p)  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -109,8 +102,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, residual_std)
 
     def __call__(self, x: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
-        x = x + self.attn(self.ln_1(x), layer, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), x, layer, cache)
+        return self.mlp(self.ln_2(x), x)
 
 
 class GPT(nn.Module):
@@ -127,6 +120,7 @@ class GPT(nn.Module):
         self.h = [Block(config, residual_std) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
 
+    @ops.entry
     def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """Logits of the token after each position. ids (B, T) int32 -> (B, T, V).
 
@@ -142,15 +136,16 @@ class GPT(nn.Module):
         end = start + ids.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"GPT: {end} positions, at most block_size = {self.config.block_size}")
-        x = self.wte(ids) + self.wpe(mx.arange(start, end))  # (B, T, C) + (T, C)
+        x = ops.embeddings(ids, self.wte.weight, self.wpe.weight, start)  # (B, T, C)
         x = ops.dropout(x, self.config.dropout if self.training else 0.0)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache)
         return self.ln_f(x)
 
+    @ops.entry
     def loss(self, ids: mx.array, targets: mx.array) -> mx.array:
         """Mean cross entropy in nats. ids, targets (B, T) int32; a target of -1 is not counted -> scalar."""
-        return ops.cross_entropy(self(ids), targets)
+        return ops.linear_cross_entropy(self.hidden(ids), self.wte.weight, targets)
 
     def generate(
         self, ids: mx.array, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0, vocab_size: int = 0

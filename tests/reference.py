@@ -166,3 +166,12 @@ def dropout_factors(B, n_head, T_q, T_k, p, seed):
     words = np.moveaxis(words, 0, -1).reshape(B, n_head, T_q, -1)[..., :T_k]
     kept = (words >> 8).astype(np.float32) >= np.float32(p) * np.float32(2**24)
     return np.where(kept, np.float32(1) / (np.float32(1) - np.float32(p)), np.float32(0))
+
+
+def dropout_of(n, p, seed):
+    """Factors 0 or 1 / (1 - p) of n elements: element i is word i % 64 // 16 of counter i // 64 * 16 + i % 16."""
+    i = np.arange(n)
+    words = philox4x32([i // 64 * 16 + i % 16, 0 * i, 0 * i, 0 * i], seed)  # (4, n)
+    words = words[i % 64 // 16, i]
+    kept = (words >> 8).astype(np.float32) >= np.float32(p) * np.float32(2**24)
+    return np.where(kept, np.float32(1) / (np.float32(1) - np.float32(p)), np.float32(0))

@@ -491,4 +491,4 @@ void dropout_mask(const AttentionHead& head, float* mask) {
 #define MLXGPT_KERNEL_TABLE(name)                                            \
     {name,        kQueryBlock,       forward_scratch,    backward_scratch,   \
      kv_sums,     attention_forward, attention_backward, attention_write_kv, \
-     dropout_mask}
+     dropout_mask, &op_kernels}

@@ -27,6 +27,68 @@ struct AttentionHead {
     uint32_t batch = 0, head = 0;
 };
 
+// ---- the operations beside attention ----
+
+enum class Gelu { kTanh, kExact };
+
+/// What AdamW is told for a step. Gradients are multiplied by `clip` first.
+struct AdamWStep {
+    float clip, learning_rate, beta1, beta2, eps;
+    float correction1, correction2;  // 1 / (1 - beta^step)
+};
+
+/// Kernels over rows that a task was given. `rows` are n_rows by n_cols.
+struct OpKernels {
+    /// x += bias, and + residual where there is one. bias may be null.
+    void (*add_bias)(Rows x, int n_rows, int n_cols, const float* bias, Rows residual);
+
+    /// x += bias; out = gelu(x). bias may be null.
+    void (*bias_gelu)(Rows x, int n_rows, int n_cols, const float* bias, Gelu kind, Rows out);
+
+    /// dout *= gelu'(x), in place; out = gelu(x) where out.data is not null.
+    void (*gelu_backward)(Rows x, int n_rows, int n_cols, Gelu kind, Rows dout, Rows out);
+
+    /// sums[c] += sum over the rows, in order.
+    void (*add_columns)(Rows x, int n_rows, int n_cols, float* sums);
+
+    /// y += x
+    void (*add)(const float* x, ptrdiff_t n, float* y);
+
+    /// y *= factor
+    void (*scale)(float factor, ptrdiff_t n, float* y);
+
+    /// out = (x - mean) * rstd * weight + bias for each row, of n_cols elements without gaps.
+    void (*layer_norm_forward)(const float* x, int n_rows, int n_cols, const float* weight, const float* bias,
+                               float eps, float* out, float* mean, float* rstd);
+
+    /// Writes dx, or adds to it, and adds to dweight and dbias (null where there is no bias).
+    void (*layer_norm_backward)(const float* dout, const float* x, int n_rows, int n_cols,
+                                const float* weight, const float* mean, const float* rstd, float* dx,
+                                bool add_to_dx, float* dweight, float* dbias);
+
+    /// out = a + b
+    void (*add_rows)(const float* a, const float* b, int n, float* out);
+
+    /// -log softmax(logits)[target]. With a factor that is not 0 the logits become their gradient, times
+    /// that factor.
+    double (*cross_entropy)(float* logits, int V, int target, float factor);
+
+    /// Sum of squares.
+    double (*squares)(const float* x, ptrdiff_t n);
+
+    /// One step of AdamW on n elements; decay is what a parameter is multiplied by first.
+    void (*adamw)(float* parameter, const float* gradient, float* m, float* v, ptrdiff_t n, float decay,
+                  const AdamWStep& step);
+
+    /// out = x * mask + residual (null for none), mask being 0 or 1 / (1 - p). x and out are whole tensors
+    /// without gaps: elements first .. first + n, where first is a multiple of 64.
+    void (*dropout)(const float* x, const float* residual, uint64_t first, ptrdiff_t n, float p, uint64_t seed,
+                    float* out);
+
+    /// A function of math.h on n elements; false if it has none of that name.
+    bool (*vector_math)(const char* name, const float* x, ptrdiff_t n, float* out);
+};
+
 /// The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -52,6 +114,8 @@ struct Kernels {
 
     /// Writes one head's dropout factors, 0 or 1 / (1 - dropout), as T_q rows of T_k.
     void (*dropout_mask)(const AttentionHead& head, float* mask);
+
+    const OpKernels* ops;
 };
 
 extern const Kernels kernels_scalar;

@@ -53,7 +53,19 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
 }
 inline Vec top_24_bits(UVec a) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(a.x, 8))}; }
 
+// For vector mathematics and the operations beside attention.
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.x)}; }
+inline UVec bits(Vec a) { return {_mm512_castps_si512(a.x)}; }
+inline Vec from_bits(UVec a) { return {_mm512_castsi512_ps(a.x)}; }
+inline UVec operator&(UVec a, UVec b) { return {_mm512_and_si512(a.x, b.x)}; }
+inline UVec operator-(UVec a, UVec b) { return {_mm512_sub_epi32(a.x, b.x)}; }
+inline UVec exponent_field(UVec a) { return {_mm512_srli_epi32(a.x, 23)}; }
+inline Vec to_float(UVec a) { return {_mm512_cvtepi32_ps(a.x)}; }
+
 }  // namespace
+
+#include "ops.h"
 
 #include "attention.h"
 

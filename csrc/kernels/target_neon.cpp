@@ -58,7 +58,19 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
 }
 inline Vec top_24_bits(UVec a) { return {vcvtq_f32_u32(vshrq_n_u32(a.x, 8))}; }
 
+// For vector mathematics and the operations beside attention.
+inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.x, b.x)}; }
+inline Vec sqrt(Vec a) { return {vsqrtq_f32(a.x)}; }
+inline UVec bits(Vec a) { return {vreinterpretq_u32_f32(a.x)}; }
+inline Vec from_bits(UVec a) { return {vreinterpretq_f32_u32(a.x)}; }
+inline UVec operator&(UVec a, UVec b) { return {vandq_u32(a.x, b.x)}; }
+inline UVec operator-(UVec a, UVec b) { return {vsubq_u32(a.x, b.x)}; }
+inline UVec exponent_field(UVec a) { return {vshrq_n_u32(a.x, 23)}; }
+inline Vec to_float(UVec a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.x))}; }
+
 }  // namespace
+
+#include "ops.h"
 
 #include "attention.h"
 

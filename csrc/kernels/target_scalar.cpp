@@ -54,7 +54,27 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
 }
 inline Vec top_24_bits(UVec a) { return {static_cast<float>(a.x >> 8)}; }
 
+// For vector mathematics and the operations beside attention.
+inline Vec operator/(Vec a, Vec b) { return {a.x / b.x}; }
+inline Vec sqrt(Vec a) { return {sqrtf(a.x)}; }
+inline UVec bits(Vec a) {
+    UVec b;
+    memcpy(&b.x, &a.x, 4);
+    return b;
+}
+inline Vec from_bits(UVec a) {
+    Vec b;
+    memcpy(&b.x, &a.x, 4);
+    return b;
+}
+inline UVec operator&(UVec a, UVec b) { return {a.x & b.x}; }
+inline UVec operator-(UVec a, UVec b) { return {a.x - b.x}; }
+inline UVec exponent_field(UVec a) { return {a.x >> 23}; }
+inline Vec to_float(UVec a) { return {static_cast<float>(static_cast<int32_t>(a.x))}; }
+
 }  // namespace
+
+#include "ops.h"
 
 #include "attention.h"
 
