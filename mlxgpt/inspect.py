@@ -266,7 +266,7 @@ def _find_config(target: str) -> GPTConfig:
         if PRESETS[target].get("tokenizer", "char") == "char":  # training takes it from the text
             values.setdefault("vocab_size", STDLIB_CHARACTERS)
         return GPTConfig(**values)
-    if Path(target).expanduser().is_dir():
+    if target and Path(target).expanduser().is_dir():
         return checkpoint.load_config(checkpoint.find_model(Path(target).expanduser()))
     raise ValueError(
         f"'{target}' is neither a preset{nearest(target, PRESETS)} nor a directory; presets: {', '.join(PRESETS)}"

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -113,6 +114,9 @@ class Run:
         elif model_config.vocab_size < self.tokenizer.vocab_size:
             least = f"at least the tokenizer's {self.tokenizer.vocab_size}"
             raise ValueError(f"vocab_size is {model_config.vocab_size}, expected {least}")
+        mx.random.seed(config.seed)
+        self.model = GPT(model_config)  # lazy: no memory is taken yet
+        _check_memory(self.model)
         train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
         shape = (model_config.block_size, config.batch_size)
         self.batches = data.Batches(train, *shape, config.seed, "training")
@@ -123,8 +127,6 @@ class Run:
         checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl")
         self.best, self.best_step = math.inf, 0
-        mx.random.seed(config.seed)
-        self.model = GPT(model_config)
         self.trainer = Trainer(self.model, config)
 
         files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
@@ -162,9 +164,10 @@ class Run:
                 if step % config.log_interval == 0 or step == 1 or last:
                     loss = float(mx.stack(losses).mean())
                     if not math.isfinite(loss):
+                        kept = f" (the model of step {self.best_step} is kept)" if self.best_step else ""
                         raise ValueError(
-                            f"the loss is {loss} at step {step}: training has diverged; lower learning_rate = "
-                            f"{config.learning_rate} (the last good model stays in {self.out_dir})"
+                            f"the loss is {loss} at step {step}: training has diverged; "
+                            f"try a learning_rate below {config.learning_rate}{kept}"
                         )
                     speed = progress.log(step, loss, lr)
                     self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
@@ -226,6 +229,19 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def _check_memory(model: GPT) -> None:
+    """MemoryError for a model that can't be trained here. (A GPU's own allocator says so; MLX on a CPU crashes.)"""
+    if mx.default_device().type == mx.gpu:
+        return
+    needed = 4 * 4 * model.n_params()  # float32 weights, gradients and AdamW's two averages
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise MemoryError(
+            f"model: {model.n_params():,} parameters take {needed / 1e9:,.0f} GB to train, "
+            f"this machine has {available / 1e9:,.0f} GB"
+        )
 
 
 def _make_out_dir(config: TrainConfig) -> Path:

@@ -239,6 +239,9 @@ def test_ctrl_c_saves_and_ends(corpus, tmp_path):
         (["--device", "gpu"], "device is gpu, but MLX has no GPU here"),
         (["--out_dir", "text.txt/run"], "out_dir: text.txt/run can't be made: Not a directory"),
         (["--out_dir", "text.txt"], "out_dir: text.txt can't be made: File exists"),
+        (["--n_embd", "1000000"], "parameters take"),
+        (["--data", ""], "data: the name is empty"),
+        (["--data", os.devnull], "neither a regular file nor a directory"),
         (["--learning_rate", "1e30", "--warmup_iters", "0", "--grad_clip", "0"], "training has diverged"),
     ],
 )
