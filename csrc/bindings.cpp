@@ -519,7 +519,7 @@ double py_cross_entropy(const py::buffer& logits_, const py::buffer& targets_, c
 double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py::buffer>& gradients,
                 const std::vector<py::buffer>& m, const std::vector<py::buffer>& v, const std::vector<bool>& decayed,
                 double learning_rate, double beta1, double beta2, double eps, double weight_decay, long step,
-                double max_norm) {
+                double max_norm, double scale) {
     const char* where = "adamw";
     const size_t n = parameters.size();
     for (const size_t other : {gradients.size(), m.size(), v.size(), decayed.size()})
@@ -546,7 +546,7 @@ double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py:
                            static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
     }
     const py::gil_scoped_release release;
-    return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm});
+    return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm, scale});
 }
 
 void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, uint64_t seed, const py::buffer& out_) {
@@ -614,9 +614,10 @@ accumulate, dweight is added to. The (N, V) logits exist for some rows at a time
           "The same of logits (N, V), and their gradient.");
     m.def("adamw", &py_adamw, "parameters"_a, "gradients"_a, "m"_a, "v"_a, "decayed"_a, py::kw_only(),
           "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "max_norm"_a,
+          "scale"_a = 1.0,
           R"(A step of AdamW with bias correction, in place, on lists of arrays; returns the gradients' norm.
 
-Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_norm is 0. Parameters marked in
+Gradients are multiplied by scale first, and by min(1, max_norm / (norm + 1e-6)) unless max_norm is 0. Parameters marked in
 `decayed` shrink by learning_rate * weight_decay. step counts from 1.)");
     m.def("dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
           "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "

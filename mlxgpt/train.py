@@ -68,11 +68,17 @@ class Trainer:
             update = mx.compile(update, state, state)
             evaluation = mx.compile(evaluation, [model.state])
         self._gradient, self._update, self._evaluation = gradient, update, evaluation
+        self._in_place = ops.kernels(compute)
+        self._gradients: list[mx.array] = []
 
     def step(self, batches: Sequence[Batch]) -> mx.array:
         """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar."""
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
+        self.steps += 1
+        if self._in_place:
+            return self._step_in_place(batches)
         losses, total = [], None
         for x, y in batches:
             loss, gradients = self._gradient(mx.array(x), mx.array(y))
@@ -83,10 +89,19 @@ class Trainer:
         if len(batches) > 1:
             total = tree_map(lambda g: g / len(batches), total)
         self._update(total)
-        self.steps += 1
         loss = sum(losses) / len(losses)
         mx.async_eval(loss, self.model.state, self.optimizer.state)
         return loss
+
+    def _step_in_place(self, batches: Sequence[Batch]) -> mx.array:
+        """The same on the CPU's kernels, in memory that is kept from step to step."""
+        weights = self.optimizer.own_weights(self.model)
+        if not self._gradients:
+            self._gradients = [mx.zeros(w.shape) for w in weights]
+        ops.zero(self._gradients)
+        losses = [ops.add_gradients(weights, self._gradients, self.model.loss, *map(mx.array, b)) for b in batches]
+        self.optimizer.update_in_place(weights, self._gradients, 1 / len(batches), self.config.grad_clip)
+        return losses[0] if len(losses) == 1 else mx.array(sum(loss.item() for loss in losses) / len(losses))
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over some batches, without dropout."""
