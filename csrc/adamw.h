@@ -19,7 +19,6 @@ struct AdamWOptions {
     double learning_rate, beta1, beta2, eps, weight_decay;
     long step;        // 1 for the first
     double max_norm;  // 0 for no clipping
-    double scale;     // gradients are multiplied by it first, as by 1 / n for a sum of n
 };
 
 /// One step in place; the norm of all gradients together.

@@ -479,7 +479,8 @@ const int32_t* targets_of(const char* where, const py::buffer_info& info, py::ss
 }
 
 double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, const py::buffer& targets_,
-                               const MaybeBuffer& dx_, const MaybeBuffer& dweight_, bool accumulate) {
+                               const MaybeBuffer& dx_, const MaybeBuffer& dweight_, bool accumulate,
+                               double scale) {
     const char* where = "linear_cross_entropy";
     const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
         dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite);
@@ -497,6 +498,7 @@ double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, 
     call.dx = matrix(dx, N, C);
     call.dweight = matrix(dweight, V, C);
     call.accumulate = accumulate;
+    call.scale = static_cast<float>(scale);
     expect_distinct({&dx, &dweight}, {&x, &weight});
     const py::gil_scoped_release release;
     return linear_cross_entropy(call);
@@ -519,7 +521,7 @@ double py_cross_entropy(const py::buffer& logits_, const py::buffer& targets_, c
 double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py::buffer>& gradients,
                 const std::vector<py::buffer>& m, const std::vector<py::buffer>& v, const std::vector<bool>& decayed,
                 double learning_rate, double beta1, double beta2, double eps, double weight_decay, long step,
-                double max_norm, double scale) {
+                double max_norm) {
     const char* where = "adamw";
     const size_t n = parameters.size();
     for (const size_t other : {gradients.size(), m.size(), v.size(), decayed.size()})
@@ -546,7 +548,7 @@ double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py:
                            static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
     }
     const py::gil_scoped_release release;
-    return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm, scale});
+    return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm});
 }
 
 void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, uint64_t seed, const py::buffer& out_) {
@@ -606,18 +608,18 @@ activated, if given, gelu(pre) again.)");
           "dpositions"_a.none(true), "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
     m.def("linear_cross_entropy", &py_linear_cross_entropy, "x"_a, "weight"_a, "targets"_a,
           "dx"_a.none(true) = py::none(), "dweight"_a.none(true) = py::none(), py::kw_only(), "accumulate"_a = false,
+          "scale"_a = 1.0,
           R"(Mean of -log softmax(x weight^T)[target] over the targets that are not -1 (0 if there is none).
 
-x: (N, C); weight: (V, C); targets: (N,) int32. Writes the mean's gradients dx and dweight unless None; with
-accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.)");
+x: (N, C); weight: (V, C); targets: (N,) int32. Writes scale times the mean's gradients, dx and dweight, unless
+None; with accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.)");
     m.def("cross_entropy", &py_cross_entropy, "logits"_a, "targets"_a, "dlogits"_a.none(true) = py::none(),
           "The same of logits (N, V), and their gradient.");
     m.def("adamw", &py_adamw, "parameters"_a, "gradients"_a, "m"_a, "v"_a, "decayed"_a, py::kw_only(),
           "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "max_norm"_a,
-          "scale"_a = 1.0,
           R"(A step of AdamW with bias correction, in place, on lists of arrays; returns the gradients' norm.
 
-Gradients are multiplied by scale first, and by min(1, max_norm / (norm + 1e-6)) unless max_norm is 0. Parameters marked in
+Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_norm is 0. Parameters marked in
 `decayed` shrink by learning_rate * weight_decay. step counts from 1.)");
     m.def("dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
           "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "

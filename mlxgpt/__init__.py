@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __path__ = extend_path(__path__, __name__)
 
 try:
-    import mlx.core
+    import mlx.core  # noqa: F401 (only to see that it loads)
 except ImportError as error:
     _message = (
         f"mlxgpt: MLX doesn't load ({error}); on Linux install one of its builds: "

@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from .config import GPTConfig
+from .config import GPTConfig, from_dict
 from .model import GPT
 from .tokenizer import Tokenizer
 
@@ -31,6 +31,14 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
     OSError when the disk is full or can't be written.
     """
     content = {"config.json": _config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
+    try:
+        _save(directory, content, model)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"{directory}: the model can't be written: {reason}") from None
+
+
+def _save(directory: Path, content: dict[str, bytes], model: GPT) -> None:
     if directory.is_dir() and all(_content(directory / name) == data for name, data in content.items()):
         # Only the weights are new: one atomic rename.
         temporary = directory / f".{os.getpid()}.{WEIGHTS}"
@@ -44,10 +52,7 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
     temporary.mkdir(parents=True)
     try:
         for name, data in content.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(temporary / name, data)
         _write_weights(temporary / WEIGHTS, model)
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
@@ -58,6 +63,19 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
             os.rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A small file, whole and on the disk, in place of one that is there. OSError leaves that as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_model(path: Path) -> Path:
@@ -81,15 +99,14 @@ def load_config(directory: Path) -> GPTConfig:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["model_type"]
-        ours = config.get("mlxgpt", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not a model's configuration: {what}") from None
-    rules = {
-        "model_type": (kind, ["gpt2"]),
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    ours = config.get("mlxgpt", {}) if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        raise ValueError(f"{path}: not the configuration of a model")
+    rules: dict[str, tuple[Any, list[Any]]] = {
+        "model_type": (config.get("model_type"), ["gpt2"]),
         "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
-        "n_inner": (config.get("n_inner"), [None, 4 * config.get("n_embd", 0)]),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
         "tie_word_embeddings": (config.get("tie_word_embeddings", True), [True]),
         "scale_attn_weights": (config.get("scale_attn_weights", True), [True]),
@@ -101,14 +118,14 @@ def load_config(directory: Path) -> GPTConfig:
     values = {ours_: config[theirs] for ours_, theirs in _CONFIG_KEYS.items() if theirs in config}
     if missing := [theirs for ours_, theirs in _CONFIG_KEYS.items() if ours_ not in values]:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
-    try:
-        return GPTConfig(**values, bias=ours.get("bias", True))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    model = from_dict(GPTConfig, {**values, "bias": ours.get("bias", True)}, source=str(path))
+    if (n_inner := config.get("n_inner")) not in (None, 4 * model.n_embd):
+        raise ValueError(f"{path}: n_inner is {n_inner!r}, expected 4 n_embd = {4 * model.n_embd}")
+    return model
 
 
 def load_model(directory: Path) -> GPT:
-    """The model in a directory, in float32.
+    """The model in a directory, in float32, ready for evaluation.
 
     FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that
     holds a value that is not finite.
@@ -117,14 +134,14 @@ def load_model(directory: Path) -> GPT:
     if not path.exists():
         raise FileNotFoundError(f"model: {directory} has no {WEIGHTS}")
     try:
-        weights = mx.load(str(path))
+        weights: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
         mx.eval(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     weights = {name: t for name, t in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     model = GPT(config)
-    expected = {name: _file_shape(name, p.shape) for name, p in tree_flatten(model.parameters())}
+    expected = {name: _file_shape(name, p.shape) for name, p in model.named_weights().items()}
     if not config.bias:  # the zeros that other programs want to see
         weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
     faults = [f"missing {name}" for name in expected if name not in weights]
@@ -143,6 +160,7 @@ def load_model(directory: Path) -> GPT:
         weights[name] = mx.contiguous(tensor.T) if _is_conv1d(name) else tensor
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
+    model.eval()
     return model
 
 
@@ -182,15 +200,12 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
 def _write_weights(path: Path, model: GPT) -> None:
     """model.safetensors, on the disk when this returns."""
     weights = {}
-    for name, p in tree_flatten(model.parameters()):
+    for name, p in model.named_weights().items():
         weights[name] = mx.contiguous(p.T) if _is_conv1d(name) else p
         bias = name.removesuffix("weight") + "bias"
         if not model.config.bias and name not in ("wte.weight", "wpe.weight"):
             weights[bias] = mx.zeros(p.shape[:1])
-    try:
-        mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
-    except RuntimeError as error:
-        raise OSError(f"{path}: can't be written: {error}") from None
+    mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -216,4 +231,3 @@ def _finite(tensor: mx.array) -> bool:
 
 def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-

@@ -34,10 +34,11 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
     words = [word for flag in _flags(cls, args) for word in flag]
+    flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(tyro.conf.OmitArgPrefixes[cls], args=words, default=default, prog=prog, use_underscores=True)
+            return tyro.cli(flat, args=words, default=default, prog=prog, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
@@ -124,8 +125,9 @@ def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
     except BrokenPipeError:  # the reader has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except (UsageError, ValueError, OSError, MemoryError) as error:
-        if os.environ.get("MLXGPT_TRACEBACK") == "1":
+    except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = isinstance(error, RuntimeError) and "alloc" in str(error)  # what MLX raises
+        if os.environ.get("MLXGPT_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not no_memory):
             raise
         print(f"{prog}: error: {describe(error)}", file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1

@@ -47,9 +47,7 @@ class GPTConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
-        _require(
-            self.activation in ("gelu_new", "gelu"), "activation", repr(self.activation), "'gelu_new' or 'gelu'"
-        )
+        _require(self.activation in ("gelu_new", "gelu"), "activation", repr(self.activation), "'gelu_new' or 'gelu'")
         _require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", self.layer_norm_epsilon, "more than 0")
 
     @property
@@ -123,9 +121,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval".split()
-        )
+        at_least_1 = "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval".split()
         for name in at_least_1:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "seed"):
@@ -212,7 +208,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def settings(cls: type) -> dict[str, Any]:
+def settings(cls: Any) -> dict[str, Any]:
     """The flat names of a config's settings and their types, a nested config's among them."""
     flat: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
@@ -238,7 +234,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str) -> Conf
         raise ValueError(f"{source}: {error}") from None
 
 
-def _build(cls: type[Config], values: Mapping[str, Any]) -> Config:
+def _build(cls: Any, values: Mapping[str, Any]) -> Any:
     arguments = {}
     for name, kind in get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):

@@ -75,7 +75,9 @@ def _read_text(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x})") from None
+        raise ValueError(
+            f"data: {path} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x})"
+        ) from None
 
 
 def _stdlib() -> tuple[dict[str, str], int]:
@@ -92,7 +94,9 @@ def _stdlib() -> tuple[dict[str, str], int]:
             else:
                 skipped += 1
     if not documents:
-        raise FileNotFoundError(f"data: this Python's standard library has no source in {root}; name a text with --data")
+        raise FileNotFoundError(
+            f"data: this Python's standard library has no source in {root}; name a text with --data"
+        )
     return documents, skipped
 
 
@@ -102,9 +106,7 @@ def _download_shakespeare() -> Path:
     pooch.get_logger().setLevel("ERROR")
     try:
         return Path(
-            pooch.retrieve(
-                SHAKESPEARE_URL, f"sha256:{SHAKESPEARE_SHA256}", "shakespeare.txt", pooch.os_cache("mlxgpt")
-            )
+            pooch.retrieve(SHAKESPEARE_URL, f"sha256:{SHAKESPEARE_SHA256}", "shakespeare.txt", pooch.os_cache("mlxgpt"))
         )
     except (OSError, ValueError) as error:
         reason = "its checksum is wrong" if isinstance(error, ValueError) else "no connection"

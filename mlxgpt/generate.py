@@ -27,7 +27,9 @@ def main(args: Sequence[str]) -> None:
     ops.use_device(config.device)
     directory = checkpoint.find_model(Path(config.model).expanduser())
     model, text = checkpoint.load_model(directory), tokenizer.load(directory)
-    model.eval()
+    if text.vocab_size > model.config.vocab_size:
+        counts = f"its tokenizer has {text.vocab_size} ids, its model vocab_size = {model.config.vocab_size}"
+        raise ValueError(f"model: {directory}: {counts}")
     try:
         prompt = text.encode(config.prompt).tolist() or [text.start]
     except ValueError as error:
@@ -43,7 +45,7 @@ def main(args: Sequence[str]) -> None:
             seed=config.seed + n,
             vocab_size=text.vocab_size,
         )
-        new = (int(token.item()) for token in itertools.islice(tokens, config.max_new_tokens))
+        new = (int(token) for token in itertools.islice(tokens, config.max_new_tokens))
         until_end = itertools.takewhile(lambda token: token != text.end_of_text, new)
         sys.stdout.write(config.prompt)
         for piece in stream_text(until_end, text):

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import tyro
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,8 @@ from . import checkpoint, cli, ops
 from .cache import KVCache
 from .config import PRESETS, GPTConfig, nearest, settings
 from .model import GPT
+
+STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Call:
 
 def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]:
     """What loss(ids, ids) calls, or with a cache the forward pass, in order. Nothing is computed."""
-    names = {id(p): name.removesuffix(".weight") for name, p in tree_flatten(model.parameters())}
+    names = {id(p): name.removesuffix(".weight") for name, p in model.named_weights().items()}
     calls: list[Call] = []
 
     def recorder(op: str, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -104,12 +106,38 @@ def explain(config: GPTConfig) -> str:
     T, C, n_head, D = config.block_size, config.n_embd, config.n_head, config.head_dim
     return (
         f"The model reads up to T = {T} tokens at once. Each token becomes a row of C = {C} numbers, so the "
-        f"sequence is a [{T}, {C}] matrix, from the first layer to the last.\n\n"
-        f"Heads divide the {C} numbers of a row, not the {T} rows: {n_head} heads x {D} = {C}. Every head sees "
-        f"all {T} positions. It makes a query, a key and a value of {D} numbers at each, three [{T}, {D}] matrices; "
-        f"multiplies queries with keys, divides by sqrt({D}), and has a [{T}, {T}] matrix of scores, one for each "
-        f"pair of positions; hides those of later positions; and averages the values by the softmax of the scores, "
-        f"[{T}, {D}]. The {n_head} heads' results side by side are [{T}, {C}] again."
+        f"sequence is a matrix of {T} rows and {C} columns, from the first layer to the last.\n\n"
+        f"Heads divide the {C} columns, not the {T} rows: {n_head} heads x {D} = {C}. Every head sees all {T} "
+        f"positions. It makes a query, a key and a value of {D} numbers at each; multiplies queries with keys and "
+        f"divides by sqrt({D}), which gives one score for each pair of positions; hides the scores of later "
+        f"positions; and averages the values by the softmax of the scores. The results of the {n_head} heads, side "
+        f"by side, are {T} rows of {C} again."
+    )
+
+
+def draw(config: GPTConfig) -> str:
+    """The same as a picture: the columns of each head, and what one head does with them."""
+    T, C, n_head, D = config.block_size, config.n_embd, config.n_head, config.head_dim
+    heads = [str(n) for n in range(1, n_head + 1)] if n_head <= 12 else [*"123456789", "..", str(n_head)]
+    edge, empty = ["─" * 4] * len(heads), [" " * 4] * len(heads)
+    left = " " * 10
+    scores = {
+        "█      ": f"scores [{T}, {T}] = q [{T}, {D}] k^T [{D}, {T}] / √{D}",
+        "██     ": "row i: position i with 1 to i; later ones are hidden",
+        "████   ": "softmax turns each row into weights that sum to 1",
+        "███████": f"result [{T}, {D}] = weights [{T}, {T}] v [{T}, {D}]",
+    }
+    return "\n".join(
+        [
+            f"{left}q, k and v: each {n_head} heads x {D} = {C} columns",
+            f"{left}┌{'┬'.join(edge)}┐",
+            f"     head │{'│'.join(head.center(4) for head in heads)}│",
+            f"{T:>4} rows │{'│'.join(empty)}│",
+            f"{left}└{'┴'.join(edge)}┘",
+            f" one head ┌{'─' * 7}┐",
+            *(f"{left}│{row}│  {note}" for row, note in scores.items()),
+            f"{left}└{'─' * 7}┘",
+        ]
     )
 
 
@@ -130,7 +158,7 @@ def shape_table(calls: list[Call], ids: mx.array) -> Table:
     previous = ""
     for call in calls:
         in_block = call.path.startswith("h.")
-        if in_block and not call.path.startswith("h.0.") or call.op == "cross_entropy":
+        if (in_block and not call.path.startswith("h.0.")) or call.op == "cross_entropy":
             previous = call.path
             continue
         if previous.startswith("h.") and not in_block and len(blocks) > 1:
@@ -153,7 +181,7 @@ def shape_table(calls: list[Call], ids: mx.array) -> Table:
 def parameter_table(model: GPT) -> Table:
     """Parameters per component, and the total in the ways that it is usually counted."""
     counts: dict[str, int] = {}
-    for name, p in tree_flatten(model.parameters()):
+    for name, p in model.named_weights().items():
         parts = name.split(".")
         component = ".".join(parts[2:-1]) if parts[0] == "h" else parts[0]
         counts[component] = counts.get(component, 0) + p.size
@@ -192,7 +220,7 @@ def flops_table(calls: list[Call], tokens: int) -> Table:
 
 def memory_table(model: GPT, calls: list[Call], cache: KVCache, dtype: str) -> Table:
     """Bytes held in training and in generation."""
-    weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    weights = sum(p.nbytes for p in model.named_weights().values())
     saved = {id(a): a for call in calls for a in call.inputs if a.dtype != mx.int32 and call.op != "cross_entropy"}
     scores = [call.score_shape() for call in calls if call.op == "attention"]
     logits = next(call for call in calls if call.op == "cross_entropy").inputs[0]
@@ -234,7 +262,10 @@ def _flops(n: float) -> str:
 def _find_config(target: str) -> GPTConfig:
     """The shape that a preset's name or a model directory stands for."""
     if target in PRESETS:
-        return GPTConfig(**{n: v for n, v in PRESETS[target].items() if n in settings(GPTConfig)})
+        values = {n: v for n, v in PRESETS[target].items() if n in settings(GPTConfig)}
+        if PRESETS[target].get("tokenizer", "char") == "char":  # training takes it from the text
+            values.setdefault("vocab_size", STDLIB_CHARACTERS)
+        return GPTConfig(**values)
     if Path(target).expanduser().is_dir():
         return checkpoint.load_config(checkpoint.find_model(Path(target).expanduser()))
     raise ValueError(
@@ -255,6 +286,7 @@ def main(args: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(f"[bold]{target}[/bold]: " + ", ".join(f"{n} {v}" for n, v in vars(config.model).items()), "\n")
     console.print(explain(config.model), "\n")
+    console.print(draw(config.model), "\n", markup=False)
     console.print(shape_table(calls, ids))
     console.print(parameter_table(model))
     console.print(flops_table(calls, ids.size))

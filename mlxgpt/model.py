@@ -177,6 +177,10 @@ class GPT(nn.Module):
             context = mx.concatenate([context, new], axis=1)[:, -size:]
             yield new[:, 0]
 
+    def named_weights(self) -> dict[str, mx.array]:
+        """Every parameter by its name, as "h.0.attn.c_attn.weight". The head is wte and not there again."""
+        return dict(tree_flatten(self.parameters()))  # type: ignore[arg-type]
+
     def n_params(self) -> int:
-        """Parameters; the head is the token embedding and is counted once."""
-        return sum(p.size for _, p in tree_flatten(self.parameters()))
+        """Number of parameters, the head's counted once."""
+        return sum(p.size for p in self.named_weights().values())

@@ -226,16 +226,16 @@ def entry(method: Method) -> Method:
 
 
 def add_gradients(
-    weights: list[mx.array], gradients: list[mx.array], method: Callable[..., Any], *args: mx.array
+    weights: list[mx.array], gradients: list[mx.array], scale: float, method: Callable[..., Any], *args: mx.array
 ) -> mx.array:
     """A model's method marked `entry`, run on the kernels without MLX around it -> what it returns, a scalar.
 
-    weights are all of the model's; their gradients are added to those of `gradients`, in place.
+    weights are all of the model's; scale times their gradients is added to those of `gradients`, in place.
     """
-    tape = _Tape(weights, gradients)
+    tape = _Tape(weights, gradients, scale)
     arrays = [np.asarray(a) for a in args]
     value = _run(tape, method.__wrapped__, method.__self__, arrays)  # type: ignore[attr-defined]
-    tape.backward(np.ones((), np.float32))
+    tape.backward(np.array(scale, np.float32))
     return value
 
 
@@ -253,7 +253,7 @@ def adamw(
 
     m and v are the averages of the gradients and of their squares. Parameters of two or more dimensions are
     decayed. Options: learning_rate, beta1, beta2, eps, weight_decay, step (from 1), max_norm to clip to (0 for
-    none), scale of the gradients. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    none). Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
     return _core.adamw(parameters, gradients, m, v, [p.ndim >= 2 for p in parameters], **options)
 
@@ -265,10 +265,11 @@ class _Tape:
     there, so that memory is free as soon as it can be.
     """
 
-    def __init__(self, weights: list[mx.array], memory: list[mx.array]) -> None:
+    def __init__(self, weights: list[mx.array], memory: list[mx.array], scale: float = 1.0) -> None:
         self._weights = weights
         self.memory = memory  # the weights' gradients; if empty, made by the backward pass
         self.training = bool(memory)
+        self.scale = np.float32(scale)  # what the gradient of a loss will be, as far as can be foretold
         self.steps: list[Callable[[_Tape], None]] = []
         self.output: np.ndarray | None = None
         self._activations: dict[int, np.ndarray] = {}
@@ -548,7 +549,8 @@ def _linear_cross_entropy(x: np.ndarray, weight: mx.array, targets: np.ndarray) 
 
     def loss_and_gradients(tape: _Tape) -> tuple[float, np.ndarray]:
         dx = _empty(x.shape)
-        return _core.linear_cross_entropy(rows, weight, targets, _rows(dx), tape.of(weight), accumulate=True), dx
+        into = _rows(dx), tape.of(weight)
+        return _core.linear_cross_entropy(rows, weight, targets, *into, accumulate=True, scale=tape.scale), dx
 
     dx = None
     if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
@@ -558,11 +560,11 @@ def _linear_cross_entropy(x: np.ndarray, weight: mx.array, targets: np.ndarray) 
     loss = np.array(value, np.float32)
 
     def backward(tape: _Tape) -> None:
-        scale = tape.take(loss)
+        cotangent = tape.take(loss)
         gradient = loss_and_gradients(tape)[1] if dx is None else dx
-        if scale != 1:  # this is the first step of the backward pass: nothing else is in the weight's gradient yet
-            gradient *= scale
-            _view(tape.of(weight))[...] *= scale
+        if cotangent != tape.scale:  # in MLX's graph, where no earlier gradient is in the weight's memory
+            gradient *= cotangent / tape.scale
+            _view(tape.of(weight))[...] *= cotangent / tape.scale
         tape.put(x, gradient)
 
     _record(backward)

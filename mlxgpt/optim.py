@@ -32,10 +32,8 @@ class AdamW(mlx.optimizers.Adam):
             parameter = parameter * (1 - self.learning_rate * self.weight_decay)
         return super().apply_single(gradient, parameter, state)
 
-    def update_in_place(
-        self, weights: list[mx.array], gradients: list[mx.array], scale: float, max_norm: float
-    ) -> float:
-        """On the CPU's kernels: update(), with gradients scaled and clipped first -> their norm before clipping.
+    def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
+        """On the CPU's kernels: update(), with gradients clipped first -> their norm before.
 
         Arrays are in order of the model's parameters, and the weights those of own_weights().
         """
@@ -43,7 +41,7 @@ class AdamW(mlx.optimizers.Adam):
         self.state["step"] = mx.array(step, mx.uint64)
         return ops.adamw(
             weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
-            beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm, scale=scale,
+            beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
         )  # fmt: skip
 
     def own_weights(self, model: nn.Module) -> list[mx.array]:

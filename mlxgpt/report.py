@@ -3,8 +3,8 @@ and the progress line."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,8 @@ from typing import Any
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+from .checkpoint import write_file
 
 
 class Metrics:
@@ -31,8 +33,11 @@ class Metrics:
 
     def add(self, **values: Any) -> None:
         self.lines.append(values)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """The steps and values of one quantity."""
@@ -41,32 +46,27 @@ class Metrics:
 
 
 def draw_loss(metrics: Metrics, path: Path, title: str) -> None:
-    """The training and validation loss over the steps, as a PNG that replaces the last one whole."""
+    """The training and validation loss over the steps, as a PNG. Needs an evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(*metrics.curve("loss"), color="#9ab6d6", linewidth=1.2, label="training")
     steps, losses = metrics.curve("val_loss")
-    axes.plot(steps, losses, color="#1f4e8c", linewidth=2, marker="o", markersize=4, label="validation")
-    if losses:
-        best = min(range(len(losses)), key=losses.__getitem__)
-        axes.annotate(
-            f"{losses[best]:.3f}", (steps[best], losses[best]), textcoords="offset points", xytext=(0, 8),
-            ha="right" if best == len(losses) - 1 else "center", color="#1f4e8c",
-        )  # fmt: skip
+    best = min(range(len(losses)), key=losses.__getitem__)
+    label = f"validation, lowest {losses[best]:.3f} at step {steps[best]}"
+    axes.plot(steps, losses, color="#1f4e8c", linewidth=2, marker="o", markersize=4, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title, xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_file(path, png.getvalue())
 
 
 def terminal_curve(metrics: Metrics, console: Console) -> str:

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """One token per character; ids in the order of the characters' code points."""
 
-    end_of_text = None
+    end_of_text: int | None = None
 
     def __init__(self, characters: Sequence[str]) -> None:
         self.characters = list(characters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -52,17 +53,15 @@ class Trainer:
         def gradient(x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
             return with_weights(mx.value_and_grad(loss), x, y)
 
-        def update(gradients: dict[str, Any]) -> mx.array:
-            norm = mx.array(0.0)
+        def update(gradients: dict[str, Any]) -> None:
             if config.grad_clip:
-                gradients, norm = clip_grad_norm(gradients, config.grad_clip)
+                gradients, _ = clip_grad_norm(gradients, config.grad_clip)
             self.optimizer.update(model, gradients)
-            return norm
 
         def evaluation(x: mx.array, y: mx.array) -> mx.array:
             return with_weights(loss, x, y)
 
-        if config.compile and mx.default_device().type == mx.gpu:
+        if _compiles(config):
             state = [model.state, self.optimizer.state]
             gradient = mx.compile(gradient, [model.state, mx.random.state], [mx.random.state])
             update = mx.compile(update, state, state)
@@ -79,17 +78,15 @@ class Trainer:
         self.steps += 1
         if self._in_place:
             return self._step_in_place(batches)
-        losses, total = [], None
-        for x, y in batches:
-            loss, gradients = self._gradient(mx.array(x), mx.array(y))
-            total = gradients if total is None else tree_map(mx.add, total, gradients)
-            losses.append(loss)
-            if len(batches) > 1:
-                mx.eval(loss, total)  # so that one micro-batch's activations are held at a time
-        if len(batches) > 1:
-            total = tree_map(lambda g: g / len(batches), total)
-        self._update(total)
-        loss = sum(losses) / len(losses)
+        (x, y), *others = batches
+        loss, gradients = self._gradient(mx.array(x), mx.array(y))
+        for x, y in others:
+            mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
+            sums = loss, gradients
+            loss, gradients = tree_map(mx.add, sums, self._gradient(mx.array(x), mx.array(y)))
+        if others:
+            loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
+        self._update(gradients)
         mx.async_eval(loss, self.model.state, self.optimizer.state)
         return loss
 
@@ -99,17 +96,20 @@ class Trainer:
         if not self._gradients:
             self._gradients = [mx.zeros(w.shape) for w in weights]
         ops.zero(self._gradients)
-        losses = [ops.add_gradients(weights, self._gradients, self.model.loss, *map(mx.array, b)) for b in batches]
-        self.optimizer.update_in_place(weights, self._gradients, 1 / len(batches), self.config.grad_clip)
-        return losses[0] if len(losses) == 1 else mx.array(sum(loss.item() for loss in losses) / len(losses))
+        add = functools.partial(ops.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
+        losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
+        self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
+        return mx.array(sum(losses) / len(losses))
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over some batches, without dropout."""
         self.model.eval()
-        total = 0.0
-        for x, y in batches:
-            total += self._evaluation(mx.array(x), mx.array(y)).item()
-        return total / len(batches)
+        return sum(float(self._evaluation(mx.array(x), mx.array(y))) for x, y in batches) / len(batches)
+
+
+def _compiles(config: TrainConfig) -> bool:
+    """On a GPU; the CPU's kernels run at once and leave no graph to compile."""
+    return config.compile and mx.default_device().type == mx.gpu
 
 
 class Run:
@@ -119,18 +119,17 @@ class Run:
         self.config, self.console = config, console
         device = ops.use_device(config.device)
         corpus = data.load_corpus(config.data)
-        self.tokenizer: tokenizer.Tokenizer = (
-            tokenizer.BPETokenizer.gpt2()
-            if config.tokenizer == "gpt2"
-            else tokenizer.CharTokenizer.of(*corpus.train, *corpus.val)
-        )
+        self.tokenizer: tokenizer.Tokenizer
+        if config.tokenizer == "gpt2":
+            self.tokenizer = tokenizer.BPETokenizer.gpt2()
+        else:
+            self.tokenizer = tokenizer.CharTokenizer.of(*corpus.train, *corpus.val)
         model_config = config.model
         if not vocab_given:
             model_config = dataclasses.replace(model_config, vocab_size=self.tokenizer.vocab_size)
         elif model_config.vocab_size < self.tokenizer.vocab_size:
-            raise ValueError(
-                f"vocab_size is {model_config.vocab_size}, expected at least the tokenizer's {self.tokenizer.vocab_size}"
-            )
+            least = f"at least the tokenizer's {self.tokenizer.vocab_size}"
+            raise ValueError(f"vocab_size is {model_config.vocab_size}, expected {least}")
         train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
         shape = (model_config.block_size, config.batch_size)
         self.batches = data.Batches(train, *shape, config.seed, "training")
@@ -138,9 +137,9 @@ class Run:
         self.val_batches = [validation.draw() for _ in range(config.eval_iters)]
 
         self.out_dir = _make_out_dir(config)
-        (self.out_dir / "settings.toml").write_text(_toml(dataclasses.replace(config, model=model_config)))
+        checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl")
-        self.best = math.inf
+        self.best, self.best_step = math.inf, 0
         mx.random.seed(config.seed)
         self.model = GPT(model_config)
         self.trainer = Trainer(self.model, config)
@@ -149,11 +148,14 @@ class Run:
         skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and config.data != "stdlib" else ""
         kernels = "the C++ kernels" if ops.kernels() else "MLX alone"
         device_name = "GPU" if device.type == mx.gpu else f"CPU with {kernels}"
-        report.say(console, f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens")
         report.say(
             console,
-            f"model: {self.model.n_params():,} parameters, {model_config.n_layer} layers, {model_config.n_head} heads of "
-            f"{model_config.head_dim}, {model_config.n_embd} wide, {model_config.block_size} positions, "
+            f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens",
+        )
+        report.say(
+            console,
+            f"model: {self.model.n_params():,} parameters; {model_config.n_layer} layers, {model_config.n_head} heads "
+            f"of {model_config.head_dim}, {model_config.n_embd} wide, {model_config.block_size} positions, "
             f"{model_config.vocab_size} token ids",
         )
         report.say(console, f"device: {device_name}, {config.dtype}; writing to {self.out_dir}")
@@ -166,17 +168,16 @@ class Run:
         config = self.config
         interrupted = _Interrupt()
         tokens_per_step = config.gradient_accumulation_steps * config.batch_size * self.model.config.block_size
-        progress = report.Progress(self.console, config.max_iters, tokens_per_step)
-        with progress, interrupted:
-            self._evaluate()
-            losses: list[mx.array] = []
+        losses: list[mx.array] = []
+        self._evaluate()
+        with report.Progress(self.console, config.max_iters, tokens_per_step) as progress, interrupted:
             for step in range(1, config.max_iters + 1):
                 batches = [self.batches.draw() for _ in range(config.gradient_accumulation_steps)]
                 lr = learning_rate(config, step - 1)
                 losses.append(self.trainer.step(batches))
                 last = step == config.max_iters or interrupted.asked
                 if step % config.log_interval == 0 or step == 1 or last:
-                    loss = sum(mx.stack(losses).tolist()) / len(losses)
+                    loss = float(mx.stack(losses).mean())
                     if not math.isfinite(loss):
                         raise ValueError(
                             f"the loss is {loss} at step {step}: training has diverged; lower learning_rate = "
@@ -188,24 +189,25 @@ class Run:
                 if step % config.eval_interval == 0 or last:
                     with progress.paused():
                         self._evaluate()
-                if interrupted.asked:
+                if last:
                     break
-        self._summary(interrupted.asked)
+        self._summary()
 
     def _evaluate(self) -> None:
-        """The validation loss; the model saved as last, and as best if it is; the curve and a sample."""
-        loss = self.trainer.evaluate(self.val_batches)
-        step = self.trainer.steps
+        """The validation loss; after the first step also a sample, the curve, and the model saved as last,
+        and as best if it is."""
+        loss, step = self.trainer.evaluate(self.val_batches), self.trainer.steps
         self.metrics.add(step=step, val_loss=loss)
-        better = loss < self.best
-        self.best = min(loss, self.best)
-        if step:
-            checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer)
-            if better:
-                checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
-            report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
-        report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if better and step else ''}", "bold")
-        if self.config.sample_tokens and step:
+        best = step > 0 and loss < self.best
+        report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
+        if step == 0:
+            return
+        checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer)
+        if best:
+            checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
+            self.best, self.best_step = loss, step
+        report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
+        if self.config.sample_tokens:
             report.say(self.console, _indented(self.sample()), "dim")
 
     def sample(self) -> str:
@@ -213,15 +215,13 @@ class Run:
         self.model.eval()
         ids = mx.array([[self.tokenizer.start]], mx.int32)
         tokens = self.model.generate(ids, temperature=0.8, seed=self.config.seed, vocab_size=self.tokenizer.vocab_size)
-        return tokenizer.decode(self.tokenizer, [t.item() for t in itertools.islice(tokens, self.config.sample_tokens)])
+        return tokenizer.decode(self.tokenizer, [int(t) for t in itertools.islice(tokens, self.config.sample_tokens)])
 
-    def _summary(self, interrupted: bool) -> None:
+    def _summary(self) -> None:
         print(report.terminal_curve(self.metrics, self.console))
-        steps, losses = self.metrics.curve("val_loss")
-        lowest = min(range(len(losses)), key=losses.__getitem__)
-        what = "stopped" if interrupted else "done"
-        report.say(self.console, f"{what} after {self.trainer.steps} steps; lowest validation loss {losses[lowest]:.4f} "
-             f"at step {steps[lowest]}", "bold")  # fmt: skip
+        what = "done" if self.trainer.steps == self.config.max_iters else "stopped"
+        best = f"best validation loss {self.best:.4f} at step {self.best_step}"
+        report.say(self.console, f"{what} after {self.trainer.steps} steps; {best}", "bold")
         report.say(self.console, f"loss curve: {self.out_dir / 'loss.png'}")
         report.say(self.console, f"sample more: python -m mlxgpt.generate --model {self.out_dir / 'best'}")
 
@@ -257,15 +257,18 @@ def _make_out_dir(config: TrainConfig) -> Path:
     else:
         names = (f"runs/{config.preset}{n}" for n in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
         path = next(Path(name) for name in names if not Path(name).exists())
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"out_dir: {path} can't be made: {error.strerror}") from None
     return path
 
 
-def _toml(config: TrainConfig) -> str:
+def _toml(config: TrainConfig) -> bytes:
     """Every setting of a run: `--config` on this file repeats it."""
     values = {**vars(config), **vars(config.model)}
     lines = (f"{n} = {json.dumps(values[n])}" for n in settings(TrainConfig) if values[n] is not None and n != "config")
-    return "\n".join(lines) + "\n"
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _indented(text: str) -> str:
@@ -279,8 +282,6 @@ def main(args: Sequence[str]) -> None:
     config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
     vocab_given = "vocab_size" in preset_names | set(cli.given(TrainConfig, args))
     Run(config, Console(), vocab_given).train()
-
-
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def test_whole_file_on_each_isa(isa):
     assert probe.stdout.strip() == isa, probe.stderr
     if isa == _core.isa():
         return  # the other tests are this run
-    tests = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", __file__, MLXGPT_ISA=isa)
+    tests = run_python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", __file__, MLXGPT_ISA=isa
+    )
     assert tests.returncode == 0, tests.stdout + tests.stderr
 
 
@@ -50,7 +52,9 @@ def test_isa_is_the_one_asked_for():
     assert _core.isa() == os.environ.get("MLXGPT_ISA", _core.isa())
 
 
-@pytest.mark.parametrize("name, value", [("MLXGPT_ISA", "sse9"), ("MLXGPT_NUM_THREADS", "0"), ("MLXGPT_NUM_THREADS", "two")])
+@pytest.mark.parametrize(
+    "name, value", [("MLXGPT_ISA", "sse9"), ("MLXGPT_NUM_THREADS", "0"), ("MLXGPT_NUM_THREADS", "two")]
+)
 def test_bad_environment_is_named(name, value):
     result = run_python("-c", "from mlxgpt import _core; _core.isa(), _core.num_threads()", **{name: value})
     assert result.returncode == 1
@@ -140,7 +144,9 @@ def test_head_dims(D):
     Problem(1, 2, 70, 70, D).check()
 
 
-@pytest.mark.parametrize("T_q, T_k", [(1, 2), (1, 64), (1, 65), (1, 200), (2, 130), (16, 17), (17, 200), (64, 128), (65, 131)])
+@pytest.mark.parametrize(
+    "T_q, T_k", [(1, 2), (1, 64), (1, 65), (1, 200), (2, 130), (16, 17), (17, 200), (64, 128), (65, 131)]
+)
 @pytest.mark.parametrize("causal", [True, False])
 def test_fewer_queries_than_keys(T_q, T_k, causal):
     Problem(2, 2, T_q, T_k, 24, causal=causal).check()
@@ -366,7 +372,9 @@ def test_any_number_of_threads(n_threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_after_fork():
-    code = SCRIPT + """
+    code = (
+        SCRIPT
+        + """
 before = run()
 stop = False
 def keep_busy():
@@ -382,12 +390,15 @@ for _ in range(10):
 stop = True
 thread.join()
 """
+    )
     result = run_python("-W", "ignore::DeprecationWarning", "-c", code, MLXGPT_NUM_THREADS="3")
     assert result.returncode == 0, result.stderr
 
 
 def test_memory_is_linear_in_length():
-    code = SCRIPT + """
+    code = (
+        SCRIPT
+        + """
 import resource
 run(T=64)
 unit = 1 if sys.platform == "darwin" else 1024
@@ -398,6 +409,7 @@ run(T=T, H=1)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
 assert grown < 2 * arrays + 30e6, grown  # one T x T buffer would be 576 MB
 """
+    )
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
 
@@ -428,8 +440,16 @@ BAD = {
     "q longer than k": ("q", float_array(2, 3, 7, 8), r"q has 7 positions and k has 5, expected T_q <= T_k"),
     "q float64": ("q", np.zeros(SHAPE), r"q has buffer format 'd', expected float32"),
     "k int": ("k", np.zeros(SHAPE, np.int32), r"k has buffer format 'i', expected float32"),
-    "q not contiguous": ("q", float_array(2, 3, 5, 16)[..., ::2], r"q has a stride of 2 elements along its last axis, expected 1"),
-    "q unaligned": ("q", np.zeros(961, np.int8)[1:].view(np.float32).reshape(SHAPE), "q does not begin on a multiple of 4 bytes"),
+    "q not contiguous": (
+        "q",
+        float_array(2, 3, 5, 16)[..., ::2],
+        r"q has a stride of 2 elements along its last axis, expected 1",
+    ),
+    "q unaligned": (
+        "q",
+        np.zeros(961, np.int8)[1:].view(np.float32).reshape(SHAPE),
+        "q does not begin on a multiple of 4 bytes",
+    ),
     "out shape": ("out", float_array(2, 3, 5, 9), r"out is \(2, 3, 5, 9\), expected \(2, 3, 5, 8\)"),
     "lse shape": ("lse", float_array(2, 5, 3), r"lse is \(2, 5, 3\), expected \(2, 3, 5\)"),
     "lse not contiguous": ("lse", float_array(2, 5, 3).transpose(0, 2, 1), "lse is not contiguous"),

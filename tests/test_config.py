@@ -83,7 +83,9 @@ def test_from_dict_is_strict():
 
 
 def test_flags_take_nanogpts_spellings():
-    config = parse("--n_layer", "3", "--n-head=2", "--bias=False", "--compile", "False", "--no-decay-lr", "--min_lr=1e-5")
+    config = parse(
+        "--n_layer", "3", "--n-head=2", "--bias=False", "--compile", "False", "--no-decay-lr", "--min_lr=1e-5"
+    )
     assert (config.model.n_layer, config.model.n_head, config.model.bias) == (3, 2, False)
     assert (config.compile, config.decay_lr, config.min_lr) == (False, False, 1e-5)
 

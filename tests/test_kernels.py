@@ -146,7 +146,13 @@ def layer_norm(x, weight, bias, eps):
 
 
 @any_shape
-@given(rows=st.integers(1, 200), C=st.integers(1, 300), bias=st.booleans(), add=st.booleans(), offset=st.sampled_from([0, 100]))
+@given(
+    rows=st.integers(1, 200),
+    C=st.integers(1, 300),
+    bias=st.booleans(),
+    add=st.booleans(),
+    offset=st.sampled_from([0, 100]),
+)
 def test_layer_norm(rows, C, bias, add, offset):
     x, weight, dout = normal(rows, C) + np.float32(offset), normal(C), normal(rows, C)
     b = normal(C) if bias else None
@@ -160,7 +166,9 @@ def test_layer_norm(rows, C, bias, add, offset):
     close(mean, x64.mean(-1), 1e-6)
     start = normal(rows, C), normal(C), normal(C)
     dx, dweight, dbias = (a.copy() for a in start)
-    _core.layer_norm_backward(dout, x, weight, mean, rstd, dx, dweight, dbias if bias else None, add_to_dx=add, accumulate=add)
+    _core.layer_norm_backward(
+        dout, x, weight, mean, rstd, dx, dweight, dbias if bias else None, add_to_dx=add, accumulate=add
+    )
     d = dout.astype(np.float64) * weight
     d = d - d.mean(-1, keepdims=True) - normed * (d * normed).mean(-1, keepdims=True)
     d = d / np.sqrt(x64.var(-1, keepdims=True) + eps)
@@ -201,7 +209,9 @@ def test_embedding(B, T, C, V, positions):
 
 
 @any_shape
-@given(N=st.integers(1, 200), V=st.integers(1, 300), ignored=st.sampled_from([0, 0.3, 1]), spread=st.sampled_from([1, 30]))
+@given(
+    N=st.integers(1, 200), V=st.integers(1, 300), ignored=st.sampled_from([0, 0.3, 1]), spread=st.sampled_from([1, 30])
+)
 def test_cross_entropy(N, V, ignored, spread):
     logits = normal(N, V) * np.float32(spread)
     targets = np.where(rng.random(N) < ignored, -1, rng.integers(0, V, N)).astype(np.int32)
@@ -265,7 +275,11 @@ def test_cross_entropy_gradient_against_central_differences():
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 1e9])
 def test_adamw(max_norm):
     shapes = [(3, 50), (7,), (1,), (300, 500)]
-    p, m, v = [normal(*s) for s in shapes], [np.zeros(s, np.float32) for s in shapes], [np.zeros(s, np.float32) for s in shapes]
+    p, m, v = (
+        [normal(*s) for s in shapes],
+        [np.zeros(s, np.float32) for s in shapes],
+        [np.zeros(s, np.float32) for s in shapes],
+    )
     decayed = [len(s) > 1 for s in shapes]
     P, M, V = ([a.astype(np.float64) for a in arrays] for arrays in (p, m, v))
     for step in range(1, 6):
@@ -344,24 +358,45 @@ IDS = np.zeros((2, 3), np.int32)
         (lambda: _core.linear_forward(X, W.T, None, nan(4, 5)), r"linear: weight is \(6, 5\), expected \(5, 6\)"),
         (lambda: _core.linear_forward(X, W, nan(6), nan(4, 5)), r"linear: bias is \(6,\), expected \(5,\)"),
         (lambda: _core.linear_forward(X[:, 0], W, None, nan(4, 5)), r"linear: x is \(4,\), expected \(rows, n_in\)"),
-        (lambda: _core.linear_forward(X[:0], W, None, nan(0, 5)), r"linear: x is \(0, 6\), expected sizes of at least 1"),
+        (
+            lambda: _core.linear_forward(X[:0], W, None, nan(0, 5)),
+            r"linear: x is \(0, 6\), expected sizes of at least 1",
+        ),
         (lambda: _core.linear_forward(X, W, None, READ_ONLY), "linear: out is read-only"),
         (lambda: _core.linear_forward(X[::-1], W, None, nan(4, 5)), "linear: x has rows -6 elements apart"),
         (lambda: _core.linear_forward(X.astype(np.float64), W, None, nan(4, 5)), "linear: x has buffer format 'd'"),
-        (lambda: _core.linear_forward(X, np.asfortranarray(W), None, nan(4, 5)), "linear: weight has a stride of 5 elements"),
+        (
+            lambda: _core.linear_forward(X, np.asfortranarray(W), None, nan(4, 5)),
+            "linear: weight has a stride of 5 elements",
+        ),
         (lambda: _core.linear_forward(X, W, None, nan(4, 5), activation="relu"), "linear: activation is 'relu'"),
         (lambda: _core.linear_backward(nan(4, 5), X, W, X, None, None), "linear backward: dx and x share memory"),
         (lambda: _core.linear_backward(nan(4, 5), X, W, None, None, None, pre=X), "pre is given without dx"),
         (lambda: _core.linear_backward(nan(4, 4), X, W, None, None, None), r"weight is \(5, 6\), expected \(4, 6\)"),
-        (lambda: _core.layer_norm_forward(X, nan(5), None, 1e-5, nan(4, 6), nan(4), nan(4)), r"layer_norm: weight is \(5,\)"),
+        (
+            lambda: _core.layer_norm_forward(X, nan(5), None, 1e-5, nan(4, 6), nan(4), nan(4)),
+            r"layer_norm: weight is \(5,\)",
+        ),
         (lambda: _core.layer_norm_forward(X, nan(6), None, -1, nan(4, 6), nan(4), nan(4)), "layer_norm: eps is -1"),
         (lambda: _core.layer_norm_forward(X[:, :4], nan(4), None, 0, nan(4, 4), nan(4), nan(4)), "x is not contiguous"),
-        (lambda: _core.embedding_forward(IDS + 5, W, None, nan(2, 3, 6)), "embedding: ids holds 5, expected 0 <= id < 5"),
-        (lambda: _core.embedding_forward(IDS - 1, W, None, nan(2, 3, 6)), "embedding: ids holds -1, expected 0 <= id < 5"),
+        (
+            lambda: _core.embedding_forward(IDS + 5, W, None, nan(2, 3, 6)),
+            "embedding: ids holds 5, expected 0 <= id < 5",
+        ),
+        (
+            lambda: _core.embedding_forward(IDS - 1, W, None, nan(2, 3, 6)),
+            "embedding: ids holds -1, expected 0 <= id < 5",
+        ),
         (lambda: _core.embedding_forward(IDS, W, nan(4, 6), nan(2, 3, 6)), r"positions is \(4, 6\), expected \(3, 6\)"),
-        (lambda: _core.embedding_forward(IDS.astype(np.int64), W, None, nan(2, 3, 6)), "embedding: ids has buffer format 'l'"),
+        (
+            lambda: _core.embedding_forward(IDS.astype(np.int64), W, None, nan(2, 3, 6)),
+            "embedding: ids has buffer format 'l'",
+        ),
         (lambda: _core.embedding_backward(IDS + 5, nan(2, 3, 6), nan(5, 6), None), "embedding backward: ids holds 5"),
-        (lambda: _core.cross_entropy(X, np.array([0, 1, 2, 6], np.int32)), "targets holds 6, expected -1 or 0 <= id < 6"),
+        (
+            lambda: _core.cross_entropy(X, np.array([0, 1, 2, 6], np.int32)),
+            "targets holds 6, expected -1 or 0 <= id < 6",
+        ),
         (lambda: _core.cross_entropy(X, np.array([0, 1, 2, -2], np.int32)), "cross_entropy: targets holds -2"),
         (lambda: _core.linear_cross_entropy(X, W, np.zeros(3, np.int32)), r"targets is \(3,\), expected \(4,\)"),
         (lambda: _core.dropout(X, None, 1.0, 0, nan(4, 6)), "dropout: p is 1.0*, expected 0 <= p < 1"),

@@ -72,9 +72,7 @@ def test_reference_follows_pytorch_and_model_follows_reference(variant):
     model = GPT(config)
     weights = {name: np.array(p) + rng.normal(0, 0.2, p.shape) for name, p in tree_flatten(model.parameters())}
     model = model_with(weights, config)
-    logits, loss, gradients = reference.gpt_loss_and_gradients(
-        weights, *shape, ids, targets, config.layer_norm_epsilon
-    )
+    logits, loss, gradients = reference.gpt_loss_and_gradients(weights, *shape, ids, targets, config.layer_norm_epsilon)
     assert_close(np.array(model(mx.array(ids.astype(np.int32)))), logits, 1e-5)
     ours, our_gradients = loss_and_gradients(model, ids, targets)
     assert ours == pytest.approx(loss, rel=1e-5)

@@ -59,7 +59,9 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tole
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"activation": "gelu"}, {"n_head": 1, "n_layer": 1, "n_embd": 7}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"activation": "gelu"}, {"n_head": 1, "n_layer": 1, "n_embd": 7}]
+)
 def test_loss_and_gradients_are_mlxs(training, options):
     model, (ids, targets) = model_of(**options), batch()
     model.train(training)

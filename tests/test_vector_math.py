@@ -7,7 +7,12 @@ import pytest
 
 _core = pytest.importorskip("mlxgpt._core")
 
-FUNCTIONS = {"tanh": np.tanh, "erf": np.vectorize(math.erf, otypes=[np.float64]), "log": np.log, "exp2_nonpositive": np.exp2}
+FUNCTIONS = {
+    "tanh": np.tanh,
+    "erf": np.vectorize(math.erf, otypes=[np.float64]),
+    "log": np.log,
+    "exp2_nonpositive": np.exp2,
+}
 BOUND = 2  # ulp, as kernels/math.h states
 
 
