@@ -46,10 +46,10 @@ double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& option
     const double norm = std::sqrt(total);
 
     AdamWStep step;
-    step.clip = 1.0F;
-    if (options.max_norm > 0)  // the same 1e-6 that PyTorch and MLX add
-        step.clip = static_cast<float>(std::min(1.0, options.max_norm / (norm + 1e-6)));
-    if (std::isnan(norm)) step.clip = static_cast<float>(norm);
+    double clip = 1.0;
+    if (options.max_norm > 0)  // the same 1e-6 that PyTorch and MLX add; a norm of NaN stays
+        clip = std::isnan(norm) ? norm : std::min(1.0, options.max_norm / (norm + 1e-6));
+    step.clip = static_cast<float>(clip);
     step.learning_rate = static_cast<float>(options.learning_rate);
     step.beta1 = static_cast<float>(options.beta1);
     step.beta2 = static_cast<float>(options.beta2);

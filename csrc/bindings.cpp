@@ -479,7 +479,8 @@ const int32_t* targets_of(const char* where, const py::buffer_info& info, py::ss
 }
 
 double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, const py::buffer& targets_,
-                               const MaybeBuffer& dx_, const MaybeBuffer& dweight_, bool accumulate) {
+                               const MaybeBuffer& dx_, const MaybeBuffer& dweight_, bool accumulate,
+                               double scale) {
     const char* where = "linear_cross_entropy";
     const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
         dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite);
@@ -497,6 +498,7 @@ double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, 
     call.dx = matrix(dx, N, C);
     call.dweight = matrix(dweight, V, C);
     call.accumulate = accumulate;
+    call.scale = static_cast<float>(scale);
     expect_distinct({&dx, &dweight}, {&x, &weight});
     const py::gil_scoped_release release;
     return linear_cross_entropy(call);
@@ -606,10 +608,11 @@ activated, if given, gelu(pre) again.)");
           "dpositions"_a.none(true), "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
     m.def("linear_cross_entropy", &py_linear_cross_entropy, "x"_a, "weight"_a, "targets"_a,
           "dx"_a.none(true) = py::none(), "dweight"_a.none(true) = py::none(), py::kw_only(), "accumulate"_a = false,
+          "scale"_a = 1.0,
           R"(Mean of -log softmax(x weight^T)[target] over the targets that are not -1 (0 if there is none).
 
-x: (N, C); weight: (V, C); targets: (N,) int32. Writes the mean's gradients dx and dweight unless None; with
-accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.)");
+x: (N, C); weight: (V, C); targets: (N,) int32. Writes scale times the mean's gradients, dx and dweight, unless
+None; with accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.)");
     m.def("cross_entropy", &py_cross_entropy, "logits"_a, "targets"_a, "dlogits"_a.none(true) = py::none(),
           "The same of logits (N, V), and their gradient.");
     m.def("adamw", &py_adamw, "parameters"_a, "gradients"_a, "m"_a, "v"_a, "decayed"_a, py::kw_only(),

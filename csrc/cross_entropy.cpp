@@ -48,7 +48,7 @@ double mean(const std::vector<double>& losses, int counted) {
 double linear_cross_entropy(const LinearCrossEntropy& call) {
     const int counted = count(call.targets, call.N);
     const bool gradient = call.dx.data != nullptr || call.dweight.data != nullptr;
-    const float factor = gradient ? 1.0F / static_cast<float>(std::max(1, counted)) : 0.0F;
+    const float factor = gradient ? call.scale / static_cast<float>(std::max(1, counted)) : 0.0F;
     const int chunk = std::min(call.N, std::max(kLeastRows, static_cast<int>(kLogits / call.V) / 16 * 16));
     const Rows logits{scratch(static_cast<size_t>(chunk) * call.V), call.V};
     std::vector<double> losses(call.N);

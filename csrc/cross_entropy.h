@@ -14,6 +14,7 @@ struct LinearCrossEntropy {
     const int32_t* targets = nullptr;
     Rows dx, dweight;         // null where they are not wanted
     bool accumulate = false;  // add to dweight
+    float scale = 1.0F;       // of the gradients
 };
 
 /// The mean over counted targets of -log softmax(logits)[target], 0 if none is counted; writes the mean's

@@ -91,6 +91,7 @@ def linear_cross_entropy(
     dweight: Buffer | None = None,
     *,
     accumulate: bool = False,
+    scale: float = 1.0,
 ) -> float: ...
 def cross_entropy(logits: Buffer, targets: Buffer, dlogits: Buffer | None = None) -> float: ...
 def adamw(

@@ -209,7 +209,7 @@ def entry(method: Method) -> Method:
         if any(a is not None and not isinstance(a, mx.array) for a in args):
             mx.eval(weights)
             return _run(None, method, model, arrays)
-        tape = _Tape(weights, model.training)
+        tape = _Tape(weights, [mx.zeros(w.shape) for w in weights] if model.training else [])
 
         @mx.custom_function
         def forward(*weights: mx.array) -> mx.array:
@@ -225,6 +225,39 @@ def entry(method: Method) -> Method:
     return call  # type: ignore[return-value]
 
 
+def add_gradients(
+    weights: list[mx.array], gradients: list[mx.array], scale: float, method: Callable[..., Any], *args: mx.array
+) -> mx.array:
+    """A model's method marked `entry`, run on the kernels without MLX around it -> what it returns, a scalar.
+
+    weights are all of the model's; scale times their gradients is added to those of `gradients`, in place.
+    """
+    tape = _Tape(weights, gradients, scale)
+    arrays = [np.asarray(a) for a in args]
+    value = _run(tape, method.__wrapped__, method.__self__, arrays)  # type: ignore[attr-defined]
+    tape.backward(np.array(scale, np.float32))
+    return value
+
+
+def zero(arrays: list[mx.array]) -> None:
+    """Fills arrays with 0 in place."""
+    mx.eval(arrays)
+    for array in arrays:
+        _view(array).fill(0)
+
+
+def adamw(
+    parameters: list[mx.array], gradients: list[mx.array], m: list[mx.array], v: list[mx.array], **options: Any
+) -> float:
+    """A step of AdamW in place, on evaluated arrays that nobody else holds -> the norm of all gradients.
+
+    m and v are the averages of the gradients and of their squares. Parameters of two or more dimensions are
+    decayed. Options: learning_rate, beta1, beta2, eps, weight_decay, step (from 1), max_norm to clip to (0 for
+    none). Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+    return _core.adamw(parameters, gradients, m, v, [p.ndim >= 2 for p in parameters], **options)
+
+
 class _Tape:
     """How gradients flow back: one step for each operation that ran, the last one first.
 
@@ -232,32 +265,33 @@ class _Tape:
     there, so that memory is free as soon as it can be.
     """
 
-    def __init__(self, weights: list[mx.array], training: bool) -> None:
+    def __init__(self, weights: list[mx.array], memory: list[mx.array], scale: float = 1.0) -> None:
         self._weights = weights
+        self.memory = memory  # the weights' gradients; if empty, made by the backward pass
+        self.training = bool(memory)
+        self.scale = np.float32(scale)  # what the gradient of a loss will be, as far as can be foretold
         self.steps: list[Callable[[_Tape], None]] = []
         self.output: np.ndarray | None = None
-        self.training = training
-        self.memory = [mx.zeros(w.shape) for w in weights] if training else []
         self._activations: dict[int, np.ndarray] = {}
-        self._parts: dict[int, Callable[[], np.ndarray]] = {}
+        self._parts: dict[int, Callable[[_Tape], np.ndarray]] = {}
 
     @functools.cached_property
-    def _of_weights(self) -> dict[int, np.ndarray]:
+    def _of_weights(self) -> dict[int, mx.array]:
         if not self.memory:
             self.memory = [mx.zeros(w.shape) for w in self._weights]
             mx.eval(self.memory)
-        return {id(w): _view(m) for w, m in zip(self._weights, self.memory, strict=True)}
+        return {id(w): m for w, m in zip(self._weights, self.memory, strict=True)}
 
-    def of(self, weight: mx.array | None) -> np.ndarray | None:
+    def of(self, weight: mx.array | None) -> mx.array | None:
         """The sum of a weight's gradients so far, for a kernel to add to."""
         return None if weight is None else self._of_weights[id(weight)]
 
     def empty(self, array: np.ndarray) -> np.ndarray:
         """Memory for a gradient of an array, to be written and put there."""
         part = self._parts.get(id(array))
-        return _empty(array.shape) if part is None else part()
+        return _empty(array.shape) if part is None else part(self)
 
-    def part(self, array: np.ndarray, memory: Callable[[], np.ndarray]) -> None:
+    def part(self, array: np.ndarray, memory: Callable[[_Tape], np.ndarray]) -> None:
         """Says where the gradient of an array lies that is a part of another: what is put there is there."""
         self._parts[id(array)] = memory
 
@@ -359,9 +393,10 @@ _memory = _Memory()
 _empty = _memory.empty
 
 
-def _view(array: mx.array | None) -> np.ndarray | None:
-    """The memory of an evaluated MLX array: nothing is copied, writes reach the MLX array."""
-    return None if array is None else np.array(array, copy=False)
+def _view(array: mx.array) -> np.ndarray:
+    """The memory of an evaluated MLX array: nothing is copied, writes reach the MLX array. Kernels take MLX
+    arrays as they are, in the same way."""
+    return np.array(array, copy=False)
 
 
 def _rows(x: np.ndarray | None) -> np.ndarray | None:
@@ -377,14 +412,13 @@ def _linear(
 ) -> np.ndarray:
     if dropout_p > 0:
         return _dropout(_linear(x, weight, bias, None, 0.0), dropout_p, residual)
-    w = _view(weight)
-    out = _empty((*x.shape[:-1], w.shape[0]))
-    _core.linear_forward(_rows(x), w, _view(bias), _rows(out), residual=_rows(residual))
+    out = _empty((*x.shape[:-1], weight.shape[0]))
+    _core.linear_forward(_rows(x), weight, bias, _rows(out), residual=_rows(residual))
 
     def backward(tape: _Tape) -> None:
         dout = tape.take(out)
         dx = tape.empty(x)
-        _core.linear_backward(_rows(dout), _rows(x), w, _rows(dx), tape.of(weight), tape.of(bias), accumulate=True)
+        _core.linear_backward(_rows(dout), _rows(x), weight, _rows(dx), tape.of(weight), tape.of(bias), accumulate=True)
         tape.put(x, dx)
         if residual is not None:
             tape.put(residual, dout)
@@ -396,15 +430,13 @@ def _linear(
 def _mlp(
     x: np.ndarray, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: np.ndarray, dropout_p: float
 ) -> np.ndarray:
-    fc, proj = _view(c_fc.weight), _view(c_proj.weight)
+    fc, proj, fc_bias, proj_bias = c_fc.weight, c_proj.weight, c_fc.get("bias"), c_proj.get("bias")
     activation = "gelu" if exact else "gelu_new"
     h = _empty((*x.shape[:-1], fc.shape[0]))  # before the GELU
     activated, out = _empty(h.shape), _empty(x.shape)
-    _core.linear_forward(
-        _rows(x), fc, _view(c_fc.get("bias")), _rows(h), activated=_rows(activated), activation=activation
-    )
+    _core.linear_forward(_rows(x), fc, fc_bias, _rows(h), activated=_rows(activated), activation=activation)
     added = residual if dropout_p == 0 else None
-    _core.linear_forward(_rows(activated), proj, _view(c_proj.get("bias")), _rows(out), residual=_rows(added))
+    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added))
     del activated  # the backward pass makes it again, in passing
 
     def backward(tape: _Tape) -> None:
@@ -412,9 +444,8 @@ def _mlp(
         dx, dh, activated = tape.empty(x), _rows(_empty(h.shape)), _rows(_empty(h.shape))
         rows = _rows(dout), _rows(h)
         _core.linear_backward(*rows, proj, dh, None, None, pre=rows[1], activated=activated, activation=activation)
-        of_proj, of_fc = ([tape.of(c.weight), tape.of(c.get("bias"))] for c in (c_proj, c_fc))
-        _core.linear_backward(rows[0], activated, proj, None, *of_proj, accumulate=True)
-        _core.linear_backward(dh, _rows(x), fc, _rows(dx), *of_fc, accumulate=True)
+        _core.linear_backward(rows[0], activated, proj, None, tape.of(proj), tape.of(proj_bias), accumulate=True)
+        _core.linear_backward(dh, _rows(x), fc, _rows(dx), tape.of(fc), tape.of(fc_bias), accumulate=True)
         tape.put(x, dx)
         if added is not None:
             tape.put(residual, dout)
@@ -427,22 +458,27 @@ def _embeddings(ids: np.ndarray, tokens: mx.array, positions: mx.array, start: i
     ids = np.ascontiguousarray(ids, np.int32)
     end = start + ids.shape[1]
     out = _empty((*ids.shape, tokens.shape[1]))
-    _core.embedding_forward(ids, _view(tokens), _view(positions)[start:end], out)
-    _record(lambda tape: _core.embedding_backward(ids, tape.take(out), tape.of(tokens), tape.of(positions)[start:end]))
+    _core.embedding_forward(ids, tokens, _view(positions)[start:end], out)
+
+    def backward(tape: _Tape) -> None:
+        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), _view(tape.of(positions))[start:end])
+
+    _record(backward)
     return out
 
 
 def _layer_norm(x: np.ndarray, weight: mx.array, bias: mx.array | None, eps: float) -> np.ndarray:
-    w, rows, out = _view(weight), _rows(x), _empty(x.shape)
+    rows, out = _rows(x), _empty(x.shape)
     mean, rstd = _empty((len(rows),)), _empty((len(rows),))
-    _core.layer_norm_forward(rows, w, _view(bias), eps, _rows(out), mean, rstd)
+    _core.layer_norm_forward(rows, weight, bias, eps, _rows(out), mean, rstd)
 
     def backward(tape: _Tape) -> None:
         dout, add = tape.take(out), tape.has(x)  # what came along the residual stream is added to in place
         dx = tape.take(x) if add else tape.empty(x)
         _core.layer_norm_backward(
-            _rows(dout), rows, w, mean, rstd, _rows(dx), tape.of(weight), tape.of(bias), add_to_dx=add, accumulate=True
-        )
+            _rows(dout), rows, weight, mean, rstd, _rows(dx), tape.of(weight), tape.of(bias),
+            add_to_dx=add, accumulate=True,
+        )  # fmt: skip
         tape.put(x, dx)
 
     _record(backward)
@@ -471,15 +507,20 @@ def _heads_of(x: np.ndarray, n_head: int) -> np.ndarray:
     return x.reshape(*x.shape[:2], n_head, -1).swapaxes(1, 2)
 
 
+def _thirds(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, ...]:
+    C = qkv.shape[-1] // 3
+    return tuple(_heads_of(qkv[..., n * C : (n + 1) * C], n_head) for n in range(3))
+
+
 def _split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, ...]:
-    parts = tuple(_heads_of(part, n_head) for part in np.split(qkv, 3, axis=-1))
+    parts = _thirds(qkv, n_head)
     if (tape := _state.tape) is not None:
         for i, part in enumerate(parts):
 
-            def memory(i: int = i) -> np.ndarray:
+            def memory(tape: _Tape, i: int = i) -> np.ndarray:
                 whole = tape.take(qkv) if tape.has(qkv) else _empty(qkv.shape)
                 tape.put(qkv, whole)
-                return _heads_of(np.split(whole, 3, axis=-1)[i], n_head)
+                return _thirds(whole, n_head)[i]
 
             tape.part(part, memory)
     return parts
@@ -503,26 +544,27 @@ def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, dropout_p: float) ->
 
 
 def _linear_cross_entropy(x: np.ndarray, weight: mx.array, targets: np.ndarray) -> np.ndarray:
-    tape, rows, w = _state.tape, _rows(x), _view(weight)
+    tape, rows = _state.tape, _rows(x)
     targets = np.ascontiguousarray(targets, np.int32).reshape(-1)
 
     def loss_and_gradients(tape: _Tape) -> tuple[float, np.ndarray]:
         dx = _empty(x.shape)
-        return _core.linear_cross_entropy(rows, w, targets, _rows(dx), tape.of(weight), accumulate=True), dx
+        into = _rows(dx), tape.of(weight)
+        return _core.linear_cross_entropy(rows, weight, targets, *into, accumulate=True, scale=tape.scale), dx
 
     dx = None
     if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
         value, dx = loss_and_gradients(tape)
     else:
-        value = _core.linear_cross_entropy(rows, w, targets)
+        value = _core.linear_cross_entropy(rows, weight, targets)
     loss = np.array(value, np.float32)
 
     def backward(tape: _Tape) -> None:
-        scale = tape.take(loss)
+        cotangent = tape.take(loss)
         gradient = loss_and_gradients(tape)[1] if dx is None else dx
-        if scale != 1:  # this is the first step of the backward pass: nothing else is in the weight's gradient yet
-            gradient *= scale
-            tape.of(weight)[...] *= scale
+        if cotangent != tape.scale:  # in MLX's graph, where no earlier gradient is in the weight's memory
+            gradient *= cotangent / tape.scale
+            _view(tape.of(weight))[...] *= cotangent / tape.scale
         tape.put(x, gradient)
 
     _record(backward)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers
+import numpy as np
 from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
 
+from . import ops
 from .config import TrainConfig
 
 __all__ = ["AdamW", "clip_grad_norm", "learning_rate"]
@@ -20,11 +24,44 @@ class AdamW(mlx.optimizers.Adam):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config.learning_rate, [config.beta1, config.beta2], bias_correction=True)
         self.weight_decay = config.weight_decay
+        self._own: list[mx.array] = []  # weights that own_weights made, and their averages
+        self._own_state: dict | None = None
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         if parameter.ndim >= 2:
             parameter = parameter * (1 - self.learning_rate * self.weight_decay)
         return super().apply_single(gradient, parameter, state)
+
+    def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
+        """On the CPU's kernels: update(), with gradients clipped first -> their norm before.
+
+        Arrays are in order of the model's parameters, and the weights those of own_weights().
+        """
+        step = int(self.step.item()) + 1
+        self.state["step"] = mx.array(step, mx.uint64)
+        return ops.adamw(
+            weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
+            beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
+        )  # fmt: skip
+
+    def own_weights(self, model: nn.Module) -> list[mx.array]:
+        """A model's parameters in memory that nobody else holds, to be updated in place, and so the averages.
+
+        They are copied the first time, and when somebody has put other arrays into the model or the state.
+        """
+        named = tree_flatten(model.parameters())
+        weights = [p for _, p in named]
+        if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
+            model.update(tree_map(_copy, model.parameters()))
+            self.state = self._own_state = tree_map(_copy, self.state)
+            self._own = weights = [p for _, p in tree_flatten(model.parameters())]
+            state = dict(tree_flatten(self.state))
+            self._averages = [[state[f"{name}.{average}"] for name, _ in named] for average in "mv"]
+        return weights
+
+
+def _copy(array: mx.array) -> mx.array:
+    return mx.array(np.array(array))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

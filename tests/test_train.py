@@ -89,6 +89,7 @@ def test_only_matrices_decay():
 
 
 def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
+    monkeypatch.setattr(ops, "_core", None)  # the kernels are tested in test_optim.py
     trainer = train.Trainer(GPT(TINY), TrainConfig(model=TINY))
     seen = []
     monkeypatch.setattr(trainer, "_update", lambda gradients: seen.append(dict(tree_flatten(gradients))))
@@ -102,6 +103,7 @@ def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
 
 
 def test_clipping_bounds_the_gradient(monkeypatch):
+    monkeypatch.setattr(ops, "_core", None)  # the kernels are tested in test_optim.py
     norms = []
 
     def observe(gradients, limit):
