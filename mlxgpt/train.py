@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 from rich.console import Console
 
-from . import checkpoint, cli, data, ops, report, tokenizer
+from . import checkpoint, cli, data, kernels, ops, report, tokenizer
 from .config import TrainConfig, settings
 from .model import GPT
 from .optim import AdamW, clip_grad_norm, learning_rate
@@ -68,7 +68,7 @@ class Trainer:
             update = mx.compile(update, state, state)
             evaluation = mx.compile(evaluation, [model.state])
         self._gradient, self._update, self._evaluation = gradient, update, evaluation
-        self._in_place = ops.kernels(compute)
+        self._in_place = kernels.available(compute)
         self._gradients: list[mx.array] = []
 
     def step(self, batches: Sequence[Batch]) -> mx.array:
@@ -96,8 +96,8 @@ class Trainer:
         weights = self.optimizer.own_weights(self.model)
         if not self._gradients:
             self._gradients = [mx.zeros(w.shape) for w in weights]
-        ops.zero(self._gradients)
-        add = functools.partial(ops.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
+        kernels.zero(self._gradients)
+        add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
         losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
         self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
         return mx.array(sum(losses) / len(losses))
@@ -148,8 +148,8 @@ class Run:
 
         files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
         skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and config.data != "stdlib" else ""
-        kernels = "the C++ kernels" if ops.kernels() else "MLX alone"
-        device_name = "GPU" if device.type == mx.gpu else f"CPU with {kernels}"
+        how = "the C++ kernels" if kernels.available() else "MLX alone"
+        device_name = "GPU" if device.type == mx.gpu else f"CPU with {how}"
         report.say(
             console,
             f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens",
