@@ -21,7 +21,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -130,7 +130,7 @@ def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
     """Queries, keys and values side by side, (B, T, 3C) -> q, k, v, each (B, n_head, T, head_dim)."""
     if isinstance(qkv, np.ndarray):
         return _split_heads(qkv, n_head)
-    B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = (
         part.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)  # (B, n_head, T, head_dim)
         for part in mx.split(qkv, 3, axis=-1)  # (B, T, 3C) -> 3 x (B, T, C)
@@ -202,7 +202,7 @@ def entry(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(model: nn.Module, *args: Any) -> Any:
-        weights = [w for _, w in tree_flatten(model.parameters())]
+        weights = [w for _, w in cast(Any, tree_flatten(model.parameters()))]
         if not all(kernels(w.dtype) for w in weights):
             return method(model, *args)
         arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
@@ -282,8 +282,8 @@ class _Tape:
             mx.eval(self.memory)
         return {id(w): m for w, m in zip(self._weights, self.memory, strict=True)}
 
-    def of(self, weight: mx.array | None) -> mx.array | None:
-        """The sum of a weight's gradients so far, for a kernel to add to."""
+    def of(self, weight: mx.array | None) -> Any:
+        """The sum of a weight's gradients so far, for a kernel to add to; none for none."""
         return None if weight is None else self._of_weights[id(weight)]
 
     def empty(self, array: np.ndarray) -> np.ndarray:
@@ -352,7 +352,7 @@ def _record(step: Callable[[_Tape], None]) -> None:
 def _next_seed() -> int:
     """A dropout mask's: the run's first from MLX's generator, then counted on."""
     if _state.seed is None:
-        _state.seed = int(mx.random.randint(0, 2**31 - 1).item()) << 32
+        _state.seed = cast(int, mx.random.randint(0, 2**31 - 1).item()) << 32
     _state.seed += 1
     return _state.seed
 
@@ -399,9 +399,9 @@ def _view(array: mx.array) -> np.ndarray:
     return np.array(array, copy=False)
 
 
-def _rows(x: np.ndarray | None) -> np.ndarray | None:
+def _rows(x: np.ndarray) -> np.ndarray:
     """(..., C) -> (N, C)."""
-    return None if x is None else x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1])
 
 
 # ---- the kernels, each with its gradient ----
@@ -413,7 +413,8 @@ def _linear(
     if dropout_p > 0:
         return _dropout(_linear(x, weight, bias, None, 0.0), dropout_p, residual)
     out = _empty((*x.shape[:-1], weight.shape[0]))
-    _core.linear_forward(_rows(x), weight, bias, _rows(out), residual=_rows(residual))
+    added = None if residual is None else _rows(residual)
+    _core.linear_forward(_rows(x), weight, bias, _rows(out), residual=added)
 
     def backward(tape: _Tape) -> None:
         dout = tape.take(out)
@@ -435,8 +436,8 @@ def _mlp(
     h = _empty((*x.shape[:-1], fc.shape[0]))  # before the GELU
     activated, out = _empty(h.shape), _empty(x.shape)
     _core.linear_forward(_rows(x), fc, fc_bias, _rows(h), activated=_rows(activated), activation=activation)
-    added = residual if dropout_p == 0 else None
-    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added))
+    added = _rows(residual) if dropout_p == 0 else None
+    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=added)
     del activated  # the backward pass makes it again, in passing
 
     def backward(tape: _Tape) -> None:
@@ -507,12 +508,13 @@ def _heads_of(x: np.ndarray, n_head: int) -> np.ndarray:
     return x.reshape(*x.shape[:2], n_head, -1).swapaxes(1, 2)
 
 
-def _thirds(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, ...]:
+def _thirds(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     C = qkv.shape[-1] // 3
-    return tuple(_heads_of(qkv[..., n * C : (n + 1) * C], n_head) for n in range(3))
+    q, k, v = (_heads_of(qkv[..., n * C : (n + 1) * C], n_head) for n in range(3))
+    return q, k, v
 
 
-def _split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, ...]:
+def _split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = _thirds(qkv, n_head)
     if (tape := _state.tape) is not None:
         for i, part in enumerate(parts):

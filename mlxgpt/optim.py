@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,13 +50,14 @@ class AdamW(mlx.optimizers.Adam):
 
         They are copied the first time, and when somebody has put other arrays into the model or the state.
         """
-        named = tree_flatten(model.parameters())
+        named: Any = tree_flatten(model.parameters())
         weights = [p for _, p in named]
         if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
             model.update(tree_map(_copy, model.parameters()))
             self.state = self._own_state = tree_map(_copy, self.state)
-            self._own = weights = [p for _, p in tree_flatten(model.parameters())]
-            state = dict(tree_flatten(self.state))
+            copied: Any = tree_flatten(model.parameters())
+            self._own = weights = [p for _, p in copied]
+            state: Any = dict(cast(Any, tree_flatten(self.state)))
             self._averages = [[state[f"{name}.{average}"] for name, _ in named] for average in "mv"]
         return weights
 

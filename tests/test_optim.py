@@ -22,7 +22,8 @@ SHAPE = dict(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=32)
 def trainer(**options) -> Trainer:
     ops.use_device("cpu")
     mx.random.seed(0)
-    config = TrainConfig(**{**dict(model=GPTConfig(**SHAPE), device="cpu", learning_rate=1e-2, warmup_iters=0), **options})
+    settings = dict(model=GPTConfig(**SHAPE), device="cpu", learning_rate=1e-2, warmup_iters=0)
+    config = TrainConfig(**{**settings, **options})
     return Trainer(GPT(config.model), config)
 
 
@@ -75,7 +76,8 @@ def test_arrays_that_others_hold_stay_as_they_are():
 def test_training_goes_on_from_a_restored_state():
     t = trainer()
     t.step(batches(1))
-    weights, state = (tree_map(lambda a: mx.array(np.array(a)), tree) for tree in (t.model.parameters(), t.optimizer.state))
+    held = t.model.parameters(), t.optimizer.state
+    weights, state = (tree_map(lambda a: mx.array(np.array(a)), tree) for tree in held)
     expected = [t.step(batches(1)).item() for _ in range(3)]
     t.model.update(weights)
     t.optimizer.state = state
