@@ -61,8 +61,8 @@ double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& option
         for (int i = tasks[task]; i < tasks[task + 1]; ++i) {
             const Piece& piece = pieces[i];
             const AdamWTensor& t = *piece.tensor;
-            isa.adamw(t.parameter + piece.first, t.gradient + piece.first, t.m + piece.first, t.v + piece.first,
-                      piece.n, t.decayed ? decay : 1.0F, step);
+            isa.adamw(t.parameter + piece.first, t.gradient + piece.first, t.m + piece.first,
+                      t.v + piece.first, piece.n, t.decayed ? decay : 1.0F, step);
         }
     });
     return norm;

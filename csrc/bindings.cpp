@@ -261,7 +261,8 @@ float* contiguous(const MaybeArray& a, std::initializer_list<py::ssize_t> shape)
 }
 
 /// No output may be another argument. Checked by where arrays begin.
-void expect_distinct(std::initializer_list<const MaybeArray*> outputs, std::initializer_list<const MaybeArray*> inputs) {
+void expect_distinct(std::initializer_list<const MaybeArray*> outputs,
+                     std::initializer_list<const MaybeArray*> inputs) {
     for (auto output = outputs.begin(); output != outputs.end(); ++output) {
         if (!**output) continue;
         for (const MaybeArray* input : inputs)
@@ -277,7 +278,8 @@ void expect_matrix(const Array& a, const char* shape) {
 }
 
 /// int32 ids without gaps, each in [least, limit).
-const int32_t* ids_of(const char* where, const char* name, const py::buffer_info& info, int least, py::ssize_t limit) {
+const int32_t* ids_of(const char* where, const char* name, const py::buffer_info& info, int least,
+                      py::ssize_t limit) {
     if ((info.format != "i" && info.format != "=i") || info.itemsize != 4)
         fail(where, std::string(name) + " has buffer format '" + info.format + "', expected int32 ('i')");
     py::ssize_t stride = 4;
@@ -335,7 +337,8 @@ void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py:
     const MaybeArray dout(where, "dout", dout_, Access::kRead), x(where, "x", x_, Access::kRead),
         weight(where, "weight", weight_, Access::kRead), pre(where, "pre", pre_, Access::kRead),
         dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite),
-        dbias(where, "dbias", dbias_, Access::kWrite), activated(where, "activated", activated_, Access::kWrite);
+        dbias(where, "dbias", dbias_, Access::kWrite),
+        activated(where, "activated", activated_, Access::kWrite);
     expect_matrix(*dout.array, "(rows, n_out)");
     expect_matrix(*weight.array, "(n_out, n_in)");
     const auto rows = dout->info.shape[0], n_out = dout->info.shape[1], n_in = weight->info.shape[1];
@@ -385,15 +388,17 @@ void py_gelu_backward(const py::buffer& x_, const py::buffer& dx_, const std::st
     gelu_backward(static_cast<int>(rows), static_cast<int>(n), in, gelu, gradient, {});
 }
 
-void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, const MaybeBuffer& bias_, float eps,
-                           const py::buffer& out_, const py::buffer& mean_, const py::buffer& rstd_) {
+void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, const MaybeBuffer& bias_,
+                           float eps, const py::buffer& out_, const py::buffer& mean_,
+                           const py::buffer& rstd_) {
     const char* where = "layer_norm";
     const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
         bias(where, "bias", bias_, Access::kRead), out(where, "out", out_, Access::kWrite),
         mean(where, "mean", mean_, Access::kWrite), rstd(where, "rstd", rstd_, Access::kWrite);
     expect_matrix(*x.array, "(rows, C)");
     const auto rows = x->info.shape[0], C = x->info.shape[1];
-    if (!(eps >= 0) || !std::isfinite(eps)) fail(where, "eps is " + std::to_string(eps) + ", expected 0 or more");
+    if (!(eps >= 0) || !std::isfinite(eps))
+        fail(where, "eps is " + std::to_string(eps) + ", expected 0 or more");
     const float *in = x->contiguous(), *w = contiguous(weight, {C}), *b = contiguous(bias, {C});
     float *to = contiguous(out, {rows, C}), *m = contiguous(mean, {rows}), *r = contiguous(rstd, {rows});
     expect_distinct({&out, &mean, &rstd}, {&x, &weight, &bias});
@@ -403,7 +408,8 @@ void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, cons
 
 void py_layer_norm_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
                             const py::buffer& mean_, const py::buffer& rstd_, const py::buffer& dx_,
-                            const py::buffer& dweight_, const MaybeBuffer& dbias_, bool add_to_dx, bool accumulate) {
+                            const py::buffer& dweight_, const MaybeBuffer& dbias_, bool add_to_dx,
+                            bool accumulate) {
     const char* where = "layer_norm backward";
     const MaybeArray dout(where, "dout", dout_, Access::kRead), x(where, "x", x_, Access::kRead),
         weight(where, "weight", weight_, Access::kRead), mean(where, "mean", mean_, Access::kRead),
@@ -457,7 +463,8 @@ void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, cons
                            const MaybeBuffer& dpositions_) {
     const char* where = "embedding backward";
     const py::buffer_info info = ids_.request();
-    const MaybeArray dout(where, "dout", dout_, Access::kRead), dtokens(where, "dtokens", dtokens_, Access::kWrite),
+    const MaybeArray dout(where, "dout", dout_, Access::kRead),
+        dtokens(where, "dtokens", dtokens_, Access::kWrite),
         dpositions(where, "dpositions", dpositions_, Access::kWrite);
     const auto [B, T] = batch_of(where, info);
     if (dout->info.ndim != 3) fail(where, "dout is " + shape_text(dout->info.shape) + ", expected (B, T, C)");
@@ -469,7 +476,8 @@ void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, cons
     const int32_t* ids = ids_of(where, "ids", info, 0, V);
     expect_distinct({&dtokens, &dpositions}, {&dout});
     const py::gil_scoped_release release;
-    embedding_backward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), ids, from, tokens, positions);
+    embedding_backward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), ids, from, tokens,
+                       positions);
 }
 
 const int32_t* targets_of(const char* where, const py::buffer_info& info, py::ssize_t N, py::ssize_t V) {
@@ -519,16 +527,18 @@ double py_cross_entropy(const py::buffer& logits_, const py::buffer& targets_, c
 }
 
 double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py::buffer>& gradients,
-                const std::vector<py::buffer>& m, const std::vector<py::buffer>& v, const std::vector<bool>& decayed,
-                double learning_rate, double beta1, double beta2, double eps, double weight_decay, long step,
-                double max_norm) {
+                const std::vector<py::buffer>& m, const std::vector<py::buffer>& v,
+                const std::vector<bool>& decayed, double learning_rate, double beta1, double beta2,
+                double eps, double weight_decay, long step, double max_norm) {
     const char* where = "adamw";
     const size_t n = parameters.size();
     for (const size_t other : {gradients.size(), m.size(), v.size(), decayed.size()})
-        if (other != n) fail(where, "a list has " + std::to_string(other) + " entries, expected " + std::to_string(n));
+        if (other != n)
+            fail(where, "a list has " + std::to_string(other) + " entries, expected " + std::to_string(n));
     if (step < 1) fail(where, "step is " + std::to_string(step) + ", expected 1 or more");
     for (const double beta : {beta1, beta2})
-        if (!(beta >= 0 && beta < 1)) fail(where, "a beta is " + std::to_string(beta) + ", expected 0 <= beta < 1");
+        if (!(beta >= 0 && beta < 1))
+            fail(where, "a beta is " + std::to_string(beta) + ", expected 0 <= beta < 1");
     if (!(max_norm >= 0)) fail(where, "max_norm is " + std::to_string(max_norm) + ", expected 0 or more");
     std::vector<AdamWTensor> tensors;
     for (size_t i = 0; i < n; ++i) {
@@ -544,14 +554,15 @@ double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py:
         expect_distinct(parameter, {&gradient, &first, &second});
         expect_distinct(first, {&gradient, &second});
         expect_distinct(second, {&gradient});
-        tensors.push_back({parameter.contiguous(), gradient.contiguous(), first.contiguous(), second.contiguous(),
-                           static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
+        tensors.push_back({parameter.contiguous(), gradient.contiguous(), first.contiguous(),
+                           second.contiguous(), static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
     }
     const py::gil_scoped_release release;
     return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm});
 }
 
-void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, uint64_t seed, const py::buffer& out_) {
+void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, uint64_t seed,
+                const py::buffer& out_) {
     const char* where = "dropout";
     const MaybeArray x(where, "x", x_, Access::kRead), residual(where, "residual", residual_, Access::kRead),
         out(where, "out", out_, Access::kWrite);
@@ -578,8 +589,8 @@ void py_vector_math(const std::string& name, const py::buffer& x_, const py::buf
 
 void define_operations(py::module_& m) {
     using namespace py::literals;
-    m.def("linear_forward", &py_linear_forward, "x"_a, "weight"_a, "bias"_a.none(true), "out"_a, py::kw_only(),
-          "residual"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
+    m.def("linear_forward", &py_linear_forward, "x"_a, "weight"_a, "bias"_a.none(true), "out"_a,
+          py::kw_only(), "residual"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
           R"(out = x weight^T + bias + residual, or out = x weight^T + bias and activated = gelu(out).
 
 x: (rows, n_in); weight: (n_out, n_in); bias: (n_out,); out, residual, activated: (rows, n_out). Rows may lie
@@ -594,21 +605,23 @@ activated, if given, gelu(pre) again.)");
     m.def("gelu_forward", &py_gelu_forward, "x"_a, "out"_a, "activation"_a, "out = gelu(x), each (rows, n).");
     m.def("gelu_backward", &py_gelu_backward, "x"_a, "dx"_a, "activation"_a,
           "dx *= gelu'(x): the gradient of gelu_forward in the place of its output's.");
-    m.def("layer_norm_forward", &py_layer_norm_forward, "x"_a, "weight"_a, "bias"_a.none(true), "eps"_a, "out"_a,
-          "mean"_a, "rstd"_a,
+    m.def("layer_norm_forward", &py_layer_norm_forward, "x"_a, "weight"_a, "bias"_a.none(true), "eps"_a,
+          "out"_a, "mean"_a, "rstd"_a,
           "out = (x - mean) * rstd * weight + bias by rows, x: (rows, C), rstd = 1 / sqrt(variance + eps). "
           "mean and rstd: (rows,) are written for the backward pass.");
-    m.def("layer_norm_backward", &py_layer_norm_backward, "dout"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a, "dx"_a,
-          "dweight"_a, "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false, "accumulate"_a = false,
-          "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias.");
-    m.def("embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
-          "out[b, t] = tokens[ids[b, t]] + positions[t]. ids: (B, T) int32; tokens: (V, C); positions: (T, C); "
-          "out: (B, T, C).");
+    m.def("layer_norm_backward", &py_layer_norm_backward, "dout"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a,
+          "dx"_a, "dweight"_a, "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false,
+          "accumulate"_a = false, "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias.");
+    m.def(
+        "embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
+        "out[b, t] = tokens[ids[b, t]] + positions[t]. ids: (B, T) int32; tokens: (V, C); positions: (T, C); "
+        "out: (B, T, C).");
     m.def("embedding_backward", &py_embedding_backward, "ids"_a, "dout"_a, "dtokens"_a.none(true),
-          "dpositions"_a.none(true), "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
+          "dpositions"_a.none(true),
+          "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
     m.def("linear_cross_entropy", &py_linear_cross_entropy, "x"_a, "weight"_a, "targets"_a,
-          "dx"_a.none(true) = py::none(), "dweight"_a.none(true) = py::none(), py::kw_only(), "accumulate"_a = false,
-          "scale"_a = 1.0,
+          "dx"_a.none(true) = py::none(), "dweight"_a.none(true) = py::none(), py::kw_only(),
+          "accumulate"_a = false, "scale"_a = 1.0,
           R"(Mean of -log softmax(x weight^T)[target] over the targets that are not -1 (0 if there is none).
 
 x: (N, C); weight: (V, C); targets: (N,) int32. Writes scale times the mean's gradients, dx and dweight, unless
@@ -621,10 +634,12 @@ None; with accumulate, dweight is added to. The (N, V) logits exist for some row
 
 Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_norm is 0. Parameters marked in
 `decayed` shrink by learning_rate * weight_decay. step counts from 1.)");
-    m.def("dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
-          "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "
-          "position. The gradient of x is dropout(dout, None, p, seed, dx).");
-    m.def("_vector_math", &py_vector_math, "name"_a, "x"_a, "out"_a, "A function of kernels/math.h, for tests.");
+    m.def(
+        "dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
+        "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "
+        "position. The gradient of x is dropout(dout, None, p, seed, dx).");
+    m.def("_vector_math", &py_vector_math, "name"_a, "x"_a, "out"_a,
+          "A function of kernels/math.h, for tests.");
 }
 
 }  // namespace

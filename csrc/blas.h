@@ -31,8 +31,8 @@ inline void gemm(int m, int n, int k, Operand a, Operand b, float beta, float* c
     [[maybe_unused]] static const bool once = (MLXGPT_BLAS_SET_THREADS(1), true);
 #endif
     MLXGPT_BLAS(sgemm)
-    (CblasRowMajor, a.transposed ? CblasTrans : CblasNoTrans, b.transposed ? CblasTrans : CblasNoTrans, m, n, k,
-     1.0F, a.data, a.stride, b.data, b.stride, beta, c, stride);
+    (CblasRowMajor, a.transposed ? CblasTrans : CblasNoTrans, b.transposed ? CblasTrans : CblasNoTrans, m, n,
+     k, 1.0F, a.data, a.stride, b.data, b.stride, beta, c, stride);
 }
 
 }  // namespace mlxgpt

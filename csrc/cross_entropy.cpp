@@ -61,8 +61,8 @@ double linear_cross_entropy(const LinearCrossEntropy& call) {
             if (rows.size == 0 || columns.size == 0) return;
             Operand weight = rows_of(call.weight, columns.begin);
             weight.transposed = true;
-            gemm(static_cast<int>(rows.size), static_cast<int>(columns.size), call.C, rows_of(x, rows.begin), weight,
-                 0.0F, logits.data + rows.begin * call.V + columns.begin, call.V);
+            gemm(static_cast<int>(rows.size), static_cast<int>(columns.size), call.C, rows_of(x, rows.begin),
+                 weight, 0.0F, logits.data + rows.begin * call.V + columns.begin, call.V);
         });
         rows_of_loss(n, call.V, logits, call.targets + first, factor, losses.data() + first);
         if (!gradient) continue;

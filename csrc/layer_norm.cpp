@@ -31,9 +31,9 @@ void layer_norm_backward(const LayerNormBackward& call) {
     parallel_for(n_parts, [&](int task, int) {
         const Range part = part_of(call.rows, task, n_parts);
         float* own = sums + task * stride;
-        isa.layer_norm_backward(call.dout + part.begin * n, call.x + part.begin * n, static_cast<int>(part.size), n,
-                                call.weight, call.mean + part.begin, call.rstd + part.begin,
-                                call.dx + part.begin * n, call.add_to_dx, own,
+        isa.layer_norm_backward(call.dout + part.begin * n, call.x + part.begin * n,
+                                static_cast<int>(part.size), n, call.weight, call.mean + part.begin,
+                                call.rstd + part.begin, call.dx + part.begin * n, call.add_to_dx, own,
                                 call.dbias == nullptr ? nullptr : own + n);
     });
     for (float* to : {call.dweight, call.dbias}) {

@@ -39,9 +39,8 @@ void linear_backward(const LinearBackward& call) {
     const Blocks dx(call.rows, call.n_in, call.n_out), dweight(call.n_out, call.n_in, call.rows);
     const int n_dx = call.dx.data == nullptr ? 0 : dx.size();
     const int n_dweight = call.dweight.data == nullptr ? 0 : dweight.size();
-    const int n_dbias = call.dbias == nullptr
-                            ? 0
-                            : n_tasks(static_cast<double>(call.rows) * call.n_out, kElementsPerTask);
+    const int n_dbias =
+        call.dbias == nullptr ? 0 : n_tasks(static_cast<double>(call.rows) * call.n_out, kElementsPerTask);
     parallel_for(n_dx + n_dweight + n_dbias, [&](int task, int) {
         if (task < n_dx) {  // dx = dout W
             const Range rows = dx.rows(task), columns = dx.columns(task);
@@ -59,14 +58,14 @@ void linear_backward(const LinearBackward& call) {
             if (rows.size == 0 || columns.size == 0) return;
             const Rows out = block_of(call.dweight, rows, columns);
             const Rows x{call.x.data + columns.begin, call.x.stride};
-            gemm(as_int(rows.size), as_int(columns.size), call.rows, columns_of(call.dout, rows.begin), rows_of(x),
-                 call.accumulate ? 1.0F : 0.0F, out.data, as_int(out.stride));
+            gemm(as_int(rows.size), as_int(columns.size), call.rows, columns_of(call.dout, rows.begin),
+                 rows_of(x), call.accumulate ? 1.0F : 0.0F, out.data, as_int(out.stride));
         } else {
             const Range columns = part_of(call.n_out, task - n_dx - n_dweight, n_dbias, 16);
             float* sums = call.dbias + columns.begin;
             if (!call.accumulate) std::fill_n(sums, columns.size, 0.0F);
-            isa.add_columns({call.dout.data + columns.begin, call.dout.stride}, call.rows, as_int(columns.size),
-                            sums);
+            isa.add_columns({call.dout.data + columns.begin, call.dout.stride}, call.rows,
+                            as_int(columns.size), sums);
         }
     });
 }
@@ -77,7 +76,8 @@ void gelu_forward(int rows, int n, Rows pre, Gelu gelu, Rows activated) {
     parallel_for(n_parts, [&](int task, int) {
         const Range part = part_of(rows, task, n_parts);
         const Range all{0, n};
-        isa.bias_gelu(block_of(pre, part, all), as_int(part.size), n, nullptr, gelu, block_of(activated, part, all));
+        isa.bias_gelu(block_of(pre, part, all), as_int(part.size), n, nullptr, gelu,
+                      block_of(activated, part, all));
     });
 }
 

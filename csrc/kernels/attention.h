@@ -488,7 +488,7 @@ void dropout_mask(const AttentionHead& head, float* mask) {
 }  // namespace
 
 /// The kernels of this file's instruction set, for the end of target_<isa>.cpp.
-#define MLXGPT_KERNEL_TABLE(name)                                            \
-    {name,        kQueryBlock,       forward_scratch,    backward_scratch,   \
-     kv_sums,     attention_forward, attention_backward, attention_write_kv, \
+#define MLXGPT_KERNEL_TABLE(name)                                             \
+    {name,         kQueryBlock,       forward_scratch,    backward_scratch,   \
+     kv_sums,      attention_forward, attention_backward, attention_write_kv, \
      dropout_mask, &op_kernels}

@@ -34,7 +34,8 @@ double cross_entropy(float* logits, int V, int target, float factor) {
     }
     if (gradient) {
         const Vec scale = set(static_cast<float>(factor / total));
-        for_vectors(V, [&](ptrdiff_t i, auto some) { some.write(logits + i, some.read(logits + i) * scale); });
+        for_vectors(V,
+                    [&](ptrdiff_t i, auto some) { some.write(logits + i, some.read(logits + i) * scale); });
         logits[target] -= factor;
     }
     return ::log(total) + (static_cast<double>(top) - static_cast<double>(picked));

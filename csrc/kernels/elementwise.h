@@ -56,8 +56,10 @@ void dropout(const float* x, const float* residual, uint64_t first, ptrdiff_t n,
     for (ptrdiff_t i0 = 0; i0 < n; i0 += 64) {
         const uint64_t block = (first + static_cast<uint64_t>(i0)) / 64;
         for (int lane = 0; lane < 16; lane += kLanes) {
-            const UVec low = lane_numbers_u() + set_u(static_cast<uint32_t>(block * 16) + static_cast<uint32_t>(lane));
-            const Random4 random = philox(low, set_u(static_cast<uint32_t>(block >> 28)), set_u(0), set_u(0), seed);
+            const UVec low =
+                lane_numbers_u() + set_u(static_cast<uint32_t>(block * 16) + static_cast<uint32_t>(lane));
+            const Random4 random =
+                philox(low, set_u(static_cast<uint32_t>(block >> 28)), set_u(0), set_u(0), seed);
             for (int word = 0; word < 4; ++word) {
                 const Vec mask = select(less(top_24_bits(random.word[word]), limit), set(0.0F), kept);
                 const ptrdiff_t i = i0 + word * 16 + lane;

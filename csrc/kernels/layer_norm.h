@@ -27,17 +27,19 @@ inline float row_sum(int n, Value value) {
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-void layer_norm_forward(const float* x, int n_rows, int n_cols, const float* weight, const float* bias, float eps,
-                        float* out, float* mean, float* rstd) {
+void layer_norm_forward(const float* x, int n_rows, int n_cols, const float* weight, const float* bias,
+                        float eps, float* out, float* mean, float* rstd) {
     const float n = static_cast<float>(n_cols);
     for (int row = 0; row < n_rows; ++row, x += n_cols, out += n_cols) {
         // The row stays in L1, so the variance takes a pass of its own around the mean: squares of large
         // values would cancel.
         const float m = row_sum(n_cols, [&](int i, auto some) { return some.read(x + i); }) / n;
-        const float variance = row_sum(n_cols, [&](int i, auto some) {
-                                   const Vec d = some.read(x + i) - set(m);
-                                   return d * d;
-                               }) / n;
+        const float variance = row_sum(n_cols,
+                                       [&](int i, auto some) {
+                                           const Vec d = some.read(x + i) - set(m);
+                                           return d * d;
+                                       }) /
+                               n;
         const float r = 1.0F / sqrtf(variance + eps);
         for_vectors(n_cols, [&](ptrdiff_t i, auto some) {
             const Vec normal = (some.read(x + i) - set(m)) * set(r) * some.read(weight + i);
@@ -57,14 +59,16 @@ void layer_norm_backward(const float* dout, const float* x, int n_rows, int n_co
         const Vec r = set(rstd[row]);
         // out = normal * weight + bias, so d = dout * weight is the gradient of normal = (x - mean) * rstd,
         // and dx = (d - mean(d) - normal * mean(d * normal)) * rstd.
-        const float d_mean = row_sum(n_cols, [&](int i, auto some) {
-                                 return some.read(dout + i) * some.read(weight + i);
-                             }) / n;
-        const float d_normal_mean = row_sum(n_cols, [&](int i, auto some) {
-                                        const Vec gradient = some.read(dout + i);
-                                        const Vec normal = (some.read(x + i) - m) * r;
-                                        return gradient * some.read(weight + i) * normal;
-                                    }) / n;
+        const float d_mean =
+            row_sum(n_cols, [&](int i, auto some) { return some.read(dout + i) * some.read(weight + i); }) /
+            n;
+        const float d_normal_mean = row_sum(n_cols,
+                                            [&](int i, auto some) {
+                                                const Vec gradient = some.read(dout + i);
+                                                const Vec normal = (some.read(x + i) - m) * r;
+                                                return gradient * some.read(weight + i) * normal;
+                                            }) /
+                                    n;
         for_vectors(n_cols, [&](ptrdiff_t i, auto some) {
             const Vec normal = (some.read(x + i) - m) * r;
             const Vec gradient = some.read(dout + i);

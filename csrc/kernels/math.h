@@ -80,7 +80,8 @@ inline Vec log(Vec x) {
     const UVec above = bits(y) - two_thirds;
     const Vec m = from_bits((above & set_u(0x007FFFFFU)) + two_thirds);
     // Shifted without its sign, so it is brought above 0 for that.
-    const Vec e = to_float(exponent_field(above + set_u(0x40000000U))) - select(denormal, set(151.0F), set(128.0F));
+    const Vec e =
+        to_float(exponent_field(above + set_u(0x40000000U))) - select(denormal, set(151.0F), set(128.0F));
     const Vec f = m - set(1.0F);
     const Vec s = f * f;
     // log(1 + f) on [-1/3, 1/3], minimax, by Norbert Juffa, https://stackoverflow.com/a/39822314.

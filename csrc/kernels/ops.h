@@ -27,8 +27,20 @@ bool vector_math(const char* name, const float* x, ptrdiff_t n, float* out) {
 }
 
 const mlxgpt::OpKernels op_kernels = {
-    add_bias,           bias_gelu, gelu_backward, add_columns, add,     scale,       layer_norm_forward,
-    layer_norm_backward, add_rows, cross_entropy, squares,     adamw,   dropout,     vector_math,
+    add_bias,
+    bias_gelu,
+    gelu_backward,
+    add_columns,
+    add,
+    scale,
+    layer_norm_forward,
+    layer_norm_backward,
+    add_rows,
+    cross_entropy,
+    squares,
+    adamw,
+    dropout,
+    vector_math,
 };
 
 }  // namespace

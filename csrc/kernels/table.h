@@ -82,8 +82,8 @@ struct OpKernels {
 
     /// out = x * mask + residual (null for none), mask being 0 or 1 / (1 - p). x and out are whole tensors
     /// without gaps: elements first .. first + n, where first is a multiple of 64.
-    void (*dropout)(const float* x, const float* residual, uint64_t first, ptrdiff_t n, float p, uint64_t seed,
-                    float* out);
+    void (*dropout)(const float* x, const float* residual, uint64_t first, ptrdiff_t n, float p,
+                    uint64_t seed, float* out);
 
     /// A function of math.h on n elements; false if it has none of that name.
     bool (*vector_math)(const char* name, const float* x, ptrdiff_t n, float* out);

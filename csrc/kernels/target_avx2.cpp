@@ -70,9 +70,8 @@ inline Vec to_float(UVec a) { return {_mm256_cvtepi32_ps(a.x)}; }
 
 }  // namespace
 
-#include "ops.h"
-
 #include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_avx2 = MLXGPT_KERNEL_TABLE("avx2");

@@ -65,9 +65,8 @@ inline Vec to_float(UVec a) { return {_mm512_cvtepi32_ps(a.x)}; }
 
 }  // namespace
 
-#include "ops.h"
-
 #include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_avx512 = MLXGPT_KERNEL_TABLE("avx512");

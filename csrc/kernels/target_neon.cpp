@@ -70,9 +70,8 @@ inline Vec to_float(UVec a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.x))}
 
 }  // namespace
 
-#include "ops.h"
-
 #include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_neon = MLXGPT_KERNEL_TABLE("neon");

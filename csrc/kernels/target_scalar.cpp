@@ -74,9 +74,8 @@ inline Vec to_float(UVec a) { return {static_cast<float>(static_cast<int32_t>(a.
 
 }  // namespace
 
-#include "ops.h"
-
 #include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_scalar = MLXGPT_KERNEL_TABLE("scalar");
