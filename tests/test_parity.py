@@ -14,7 +14,6 @@ from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
 
 torch = pytest.importorskip("torch")
 torch_gpt = pytest.importorskip("torch_gpt")
-pytestmark = pytest.mark.filterwarnings("default")  # torch's and transformers' own
 
 
 def torch_model(config: GPTConfig, scale: float = 1.0):
