@@ -357,6 +357,13 @@ def _next_seed() -> int:
     return _state.seed
 
 
+def _references(blocks: list[np.ndarray], i: int) -> int:
+    return sys.getrefcount(blocks[i])
+
+
+_UNHELD = _references([np.empty(0)], 0)  # what Python counts where nothing but the list holds a block
+
+
 class _Memory:
     """float32 arrays that nobody else holds any more, to be used again.
 
@@ -373,12 +380,12 @@ class _Memory:
         n = math.prod(shape)
         with self._lock:
             blocks = self._blocks.setdefault(n, [])
-            for block in blocks:
-                if sys.getrefcount(block) == 3:  # the list, this variable and the argument
-                    break
-            else:
-                block = np.empty(n, np.float32)
-                blocks.append(block)
+            i = 0
+            while i < len(blocks) and _references(blocks, i) > _UNHELD:
+                i += 1
+            if i == len(blocks):
+                blocks.append(np.empty(n, np.float32))
+            block = blocks[i]
             self._used.add(id(block))
             return block.reshape(shape)
 
