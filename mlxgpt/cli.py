@@ -95,7 +95,7 @@ def _one_line(box: str) -> str:
     """tyro's framed error message as one line."""
     rows = [row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
     text = " ".join(rows).split("───")[0].split("For full helptext")[0]
-    return re.sub(r"\s+", " ", text).strip().removeprefix("Error parsing model: ")
+    return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -17,6 +18,10 @@ Config = TypeVar("Config")
 def _require(rule: bool, name: str, value: object, text: str) -> None:
     if not rule:
         raise ValueError(f"{name} is {value}, expected {text}")
+
+
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,10 @@ class TrainConfig:
         at_least_1 = "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval".split()
         for name in at_least_1:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "seed"):
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _require_seed(self.seed)
+        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a finite number above 0")
         if self.min_lr is not None:
             _require(
                 0 <= self.min_lr <= self.learning_rate,
@@ -164,8 +170,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("temperature", "top_k", "seed"):
+        for name in ("temperature", "top_k"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require_seed(self.seed)
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int = 1024) -> dict[str, Any]:

@@ -36,11 +36,15 @@ def load_corpus(data: str) -> Corpus:
         return _split("stdlib", *_stdlib())
     if data == "shakespeare":
         return _split("shakespeare", {"shakespeare": _read_text(_download_shakespeare())})
+    if not data:
+        raise ValueError("data: the name is empty, expected a file, a directory, a glob, stdlib or shakespeare")
     path = Path(data).expanduser()
     if path.is_file():
         return _split(path.stem, {path.name: _read_text(path)})
     if path.is_dir():
         paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    elif path.exists():
+        raise ValueError(f"data: {data} is neither a regular file nor a directory")
     else:
         paths = [Path(p) for p in glob.glob(str(path), recursive=True)]
         if not paths:

@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint, cli, ops
+from . import checkpoint, cli, kernels, ops
 from .cache import KVCache
 from .config import PRESETS, GPTConfig, nearest, settings
 from .model import GPT
@@ -91,7 +91,7 @@ def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]
         return record
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(ops, "_core", None))  # the plain MLX expressions are lazy
+        stack.enter_context(patch.object(kernels, "_core", None))  # the plain MLX expressions are lazy
         for op in ("embedding", "layer_norm", "linear", "gelu", "attention", "cross_entropy"):
             stack.enter_context(patch.object(ops, op, recorder(op, getattr(ops, op))))
         if cache is None:
@@ -266,7 +266,7 @@ def _find_config(target: str) -> GPTConfig:
         if PRESETS[target].get("tokenizer", "char") == "char":  # training takes it from the text
             values.setdefault("vocab_size", STDLIB_CHARACTERS)
         return GPTConfig(**values)
-    if Path(target).expanduser().is_dir():
+    if target and Path(target).expanduser().is_dir():
         return checkpoint.load_config(checkpoint.find_model(Path(target).expanduser()))
     raise ValueError(
         f"'{target}' is neither a preset{nearest(target, PRESETS)} nor a directory; presets: {', '.join(PRESETS)}"

@@ -36,7 +36,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A learned row for each id. (...) int32 -> (..., n_embd)."""
+    """A learned row of n_embd numbers for each of n_ids ids."""
 
     def __init__(self, n_ids: int, n_embd: int) -> None:
         super().__init__()
@@ -58,7 +58,10 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and the positions before it, by n_head independent rules."""
+    """Each position gathers from itself and the positions before it, by n_head independent rules.
+
+    x, residual (B, T, C) -> residual + what was gathered from x, (B, T, C).
+    """
 
     def __init__(self, config: GPTConfig, residual_std: float) -> None:
         super().__init__()
@@ -77,7 +80,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each position by itself, through a layer four times as wide and a GELU."""
+    """Each position by itself, through a layer four times as wide: x, residual (B, T, C) ->
+    residual + c_proj(gelu(c_fc(x))), (B, T, C) by way of (B, T, 4C)."""
 
     def __init__(self, config: GPTConfig, residual_std: float) -> None:
         super().__init__()
@@ -88,7 +92,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         p = self.dropout if self.training else 0.0
-        return ops.mlp(x, self.c_fc, self.c_proj, self.exact_gelu, residual, p)  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return ops.mlp(x, self.c_fc, self.c_proj, self.exact_gelu, residual, p)
 
 
 class Block(nn.Module):
@@ -102,8 +106,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, residual_std)
 
     def __call__(self, x: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
-        x = self.attn(self.ln_1(x), x, layer, cache)
-        return self.mlp(self.ln_2(x), x)
+        x = self.attn(self.ln_1(x), x, layer, cache)  # x + attn(ln_1(x))
+        return self.mlp(self.ln_2(x), x)  # x + mlp(ln_2(x))
 
 
 class GPT(nn.Module):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
-from . import ops
+from . import kernels
 from .config import TrainConfig
 
 __all__ = ["AdamW", "clip_grad_norm", "learning_rate"]
@@ -40,25 +39,24 @@ class AdamW(mlx.optimizers.Adam):
         """
         step = int(self.step.item()) + 1
         self.state["step"] = mx.array(step, mx.uint64)
-        return ops.adamw(
+        return kernels.adamw(
             weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
             beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
         )  # fmt: skip
 
-    def own_weights(self, model: nn.Module) -> list[mx.array]:
+    def own_weights(self, model: Any) -> list[mx.array]:
         """A model's parameters in memory that nobody else holds, to be updated in place, and so the averages.
 
         They are copied the first time, and when somebody has put other arrays into the model or the state.
         """
-        named: Any = tree_flatten(model.parameters())
-        weights = [p for _, p in named]
+        weights = list(model.named_weights().values())
         if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
             model.update(tree_map(_copy, model.parameters()))
             self.state = self._own_state = tree_map(_copy, self.state)
-            copied: Any = tree_flatten(model.parameters())
-            self._own = weights = [p for _, p in copied]
-            state: Any = dict(cast(Any, tree_flatten(self.state)))
-            self._averages = [[state[f"{name}.{average}"] for name, _ in named] for average in "mv"]
+            named = model.named_weights()
+            self._own = weights = list(named.values())
+            state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
+            self._averages = [[state[f"{name}.{average}"] for name in named] for average in "mv"]
         return weights
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 from rich.console import Console
 
-from . import checkpoint, cli, data, ops, report, tokenizer
+from . import checkpoint, cli, data, kernels, ops, report, tokenizer
 from .config import TrainConfig, settings
 from .model import GPT
 from .optim import AdamW, clip_grad_norm, learning_rate
@@ -67,7 +68,7 @@ class Trainer:
             update = mx.compile(update, state, state)
             evaluation = mx.compile(evaluation, [model.state])
         self._gradient, self._update, self._evaluation = gradient, update, evaluation
-        self._in_place = ops.kernels(compute)
+        self._in_place = kernels.available(compute)
         self._gradients: list[mx.array] = []
 
     def step(self, batches: Sequence[Batch]) -> mx.array:
@@ -95,8 +96,8 @@ class Trainer:
         weights = self.optimizer.own_weights(self.model)
         if not self._gradients:
             self._gradients = [mx.zeros(w.shape) for w in weights]
-        ops.zero(self._gradients)
-        add = functools.partial(ops.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
+        kernels.zero(self._gradients)
+        add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
         losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
         self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
         return mx.array(sum(losses) / len(losses))
@@ -130,6 +131,9 @@ class Run:
         elif model_config.vocab_size < self.tokenizer.vocab_size:
             least = f"at least the tokenizer's {self.tokenizer.vocab_size}"
             raise ValueError(f"vocab_size is {model_config.vocab_size}, expected {least}")
+        mx.random.seed(config.seed)
+        self.model = GPT(model_config)  # lazy: no memory is taken yet
+        _check_memory(self.model)
         train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
         shape = (model_config.block_size, config.batch_size)
         self.batches = data.Batches(train, *shape, config.seed, "training")
@@ -140,14 +144,12 @@ class Run:
         checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl")
         self.best, self.best_step = math.inf, 0
-        mx.random.seed(config.seed)
-        self.model = GPT(model_config)
         self.trainer = Trainer(self.model, config)
 
         files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
         skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and config.data != "stdlib" else ""
-        kernels = "the C++ kernels" if ops.kernels() else "MLX alone"
-        device_name = "GPU" if device.type == mx.gpu else f"CPU with {kernels}"
+        how = "the C++ kernels" if kernels.available() else "MLX alone"
+        device_name = "GPU" if device.type == mx.gpu else f"CPU with {how}"
         report.say(
             console,
             f"data: {corpus.name}, {files}{skipped}; {len(train):,} training and {len(val):,} validation tokens",
@@ -179,9 +181,10 @@ class Run:
                 if step % config.log_interval == 0 or step == 1 or last:
                     loss = float(mx.stack(losses).mean())
                     if not math.isfinite(loss):
+                        kept = f" (the model of step {self.best_step} is kept)" if self.best_step else ""
                         raise ValueError(
-                            f"the loss is {loss} at step {step}: training has diverged; lower learning_rate = "
-                            f"{config.learning_rate} (the last good model stays in {self.out_dir})"
+                            f"the loss is {loss} at step {step}: training has diverged; "
+                            f"try a learning_rate below {config.learning_rate}{kept}"
                         )
                     speed = progress.log(step, loss, lr)
                     self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
@@ -243,6 +246,19 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def _check_memory(model: GPT) -> None:
+    """MemoryError for a model that can't be trained here. (A GPU's own allocator says so; MLX on a CPU crashes.)"""
+    if mx.default_device().type == mx.gpu:
+        return
+    needed = 4 * 4 * model.n_params()  # float32 weights, gradients and AdamW's two averages
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise MemoryError(
+            f"model: {model.n_params():,} parameters take {needed / 1e9:,.0f} GB to train, "
+            f"this machine has {available / 1e9:,.0f} GB"
+        )
 
 
 def _make_out_dir(config: TrainConfig) -> Path:

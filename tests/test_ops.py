@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxgpt import ops
+from mlxgpt import kernels, ops
 from mlxgpt.cache import KVCache
 from mlxgpt.config import GPTConfig
 from mlxgpt.model import GPT
@@ -48,7 +48,7 @@ def value_and_gradients(model: GPT, function) -> tuple[float, dict[str, np.ndarr
 
 
 def with_mlx(function):
-    with patch.object(ops, "_core", None):
+    with patch.object(kernels, "_core", None):
         return function()
 
 
@@ -132,13 +132,13 @@ def test_memory_is_used_again():
     model, (ids, targets) = model_of(), batch()
     for _ in range(3):
         value_and_gradients(model, lambda: model.loss(ids, targets))
-    held = sum(block.nbytes for blocks in ops._memory._blocks.values() for block in blocks)
+    held = sum(block.nbytes for blocks in kernels._memory._blocks.values() for block in blocks)
     for _ in range(5):
         value_and_gradients(model, lambda: model.loss(ids, targets))
-    assert sum(block.nbytes for blocks in ops._memory._blocks.values() for block in blocks) == held
+    assert sum(block.nbytes for blocks in kernels._memory._blocks.values() for block in blocks) == held
     for _ in range(2):
         model(ids[:1, :1])  # asks for little: the rest is given back
-    assert sum(block.nbytes for blocks in ops._memory._blocks.values() for block in blocks) < held / 10
+    assert sum(block.nbytes for blocks in kernels._memory._blocks.values() for block in blocks) < held / 10
 
 
 def test_results_are_not_overwritten_by_later_calls():

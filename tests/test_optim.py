@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlxgpt import ops
+from mlxgpt import kernels, ops
 from mlxgpt.config import GPTConfig, TrainConfig
 from mlxgpt.model import GPT
 from mlxgpt.train import Trainer
@@ -22,8 +22,9 @@ SHAPE = dict(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=32)
 def trainer(**options) -> Trainer:
     ops.use_device("cpu")
     mx.random.seed(0)
-    settings = dict(model=GPTConfig(**SHAPE), device="cpu", learning_rate=1e-2, warmup_iters=0)
-    config = TrainConfig(**{**settings, **options})
+    config = TrainConfig(
+        **{**dict(model=GPTConfig(**SHAPE), device="cpu", learning_rate=1e-2, warmup_iters=0), **options}
+    )
     return Trainer(GPT(config.model), config)
 
 
@@ -45,7 +46,7 @@ def test_steps_are_mlxs(accumulation, options):
         return t, [t.step(batches(accumulation)).item() for _ in range(6)]
 
     ours, losses = run()
-    with patch.object(ops, "_core", None):
+    with patch.object(kernels, "_core", None):
         theirs, expected = run()
     assert ours._in_place and not theirs._in_place
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -76,8 +77,9 @@ def test_arrays_that_others_hold_stay_as_they_are():
 def test_training_goes_on_from_a_restored_state():
     t = trainer()
     t.step(batches(1))
-    held = t.model.parameters(), t.optimizer.state
-    weights, state = (tree_map(lambda a: mx.array(np.array(a)), tree) for tree in held)
+    weights, state = (
+        tree_map(lambda a: mx.array(np.array(a)), tree) for tree in (t.model.parameters(), t.optimizer.state)
+    )
     expected = [t.step(batches(1)).item() for _ in range(3)]
     t.model.update(weights)
     t.optimizer.state = state
@@ -89,11 +91,11 @@ def test_steps_take_no_new_memory():
     t = trainer()
     for _ in range(3):
         t.step(batches(1))
-    blocks = {id(b) for same_size in ops._memory._blocks.values() for b in same_size}
+    blocks = {id(b) for same_size in kernels._memory._blocks.values() for b in same_size}
     arrays = [id(a) for a in t.optimizer.own_weights(t.model) + t._gradients]
     for _ in range(3):
         t.step(batches(1))
-    assert blocks == {id(b) for same_size in ops._memory._blocks.values() for b in same_size}
+    assert blocks == {id(b) for same_size in kernels._memory._blocks.values() for b in same_size}
     assert arrays == [id(a) for a in t.optimizer.own_weights(t.model) + t._gradients]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import checkpoint, ops, train
+from mlxgpt import checkpoint, kernels, train
 from mlxgpt.config import GPTConfig, TrainConfig
 from mlxgpt.model import GPT
 from mlxgpt.optim import AdamW, learning_rate
@@ -89,7 +89,7 @@ def test_only_matrices_decay():
 
 
 def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
-    monkeypatch.setattr(ops, "_core", None)  # the kernels are tested in test_optim.py
+    monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
     trainer = train.Trainer(GPT(TINY), TrainConfig(model=TINY))
     seen = []
     monkeypatch.setattr(trainer, "_update", lambda gradients: seen.append(dict(tree_flatten(gradients))))
@@ -103,7 +103,7 @@ def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
 
 
 def test_clipping_bounds_the_gradient(monkeypatch):
-    monkeypatch.setattr(ops, "_core", None)  # the kernels are tested in test_optim.py
+    monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
     norms = []
 
     def observe(gradients, limit):
@@ -136,7 +136,7 @@ def test_bfloat16_keeps_float32_weights_and_learns():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_compiled_step_is_the_step(monkeypatch, dtype):
     """What a GPU runs, here on any device: MLX compiles for the CPU too, if a C++ compiler is there."""
-    monkeypatch.setattr(ops, "_core", None)
+    monkeypatch.setattr(kernels, "_core", None)
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
     start = GPT(model_config).parameters()
     losses = {}
@@ -153,7 +153,7 @@ def test_the_compiled_step_is_the_step(monkeypatch, dtype):
 
 
 def test_compiled_dropout_draws_anew_at_each_step(monkeypatch):
-    monkeypatch.setattr(ops, "_core", None)
+    monkeypatch.setattr(kernels, "_core", None)
     monkeypatch.setattr(train, "_compiles", lambda config: True)
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
@@ -241,6 +241,9 @@ def test_ctrl_c_saves_and_ends(corpus, tmp_path):
         (["--device", "gpu"], "device is gpu, but MLX has no GPU here"),
         (["--out_dir", "text.txt/run"], "out_dir: text.txt/run can't be made: Not a directory"),
         (["--out_dir", "text.txt"], "out_dir: text.txt can't be made: File exists"),
+        (["--n_embd", "1000000"], "parameters take"),
+        (["--data", ""], "data: the name is empty"),
+        (["--data", os.devnull], "neither a regular file nor a directory"),
         (["--learning_rate", "1e30", "--warmup_iters", "0", "--grad_clip", "0"], "training has diverged"),
     ],
 )
