@@ -1,22 +1,11 @@
 #include "attention.h"
 
-#include <memory>
-#include <new>
-
 #include "dispatch.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace mlxgpt {
 namespace {
-
-struct FreeAligned {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-using Buffer = std::unique_ptr<float, FreeAligned>;
-
-Buffer allocate(size_t n) {
-    return Buffer(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t{64})));
-}
 
 AttentionHead head_of(const AttentionCall& call, int index) {
     const int b = index / call.n_head;
@@ -25,7 +14,7 @@ AttentionHead head_of(const AttentionCall& call, int index) {
         const ptrdiff_t size = t.storage == Storage::kFloat32 ? 4 : 2;
         char* data = static_cast<char*>(t.data);
         if (data != nullptr) data += size * (b * t.batch_stride + h * t.head_stride);
-        return Rows{data, t.row_stride, t.storage};
+        return StoredRows{data, t.row_stride, t.storage};
     };
     AttentionHead head;
     head.q = rows(call.q);
@@ -82,35 +71,35 @@ Plan plan_for(const AttentionCall& call, const Kernels& isa) {
 void attention_forward(const AttentionCall& call) {
     const Kernels& isa = kernels();
     const Plan plan = plan_for(call, isa);
-    const size_t scratch = isa.forward_scratch(call.T_k, call.D);
-    const Buffer buffer = allocate(scratch * num_threads());
+    const size_t size = isa.forward_scratch(call.T_k, call.D);
+    float* const buffer = scratch(size * num_threads());
     parallel_for(plan.n_tasks(), [&](int task, int worker) {
         isa.attention_forward(head_of(call, plan.head(task)), plan.first(task), plan.step(task),
-                              buffer.get() + worker * scratch);
+                              buffer + worker * size);
     });
 }
 
 void attention_backward(const AttentionCall& call) {
     const Kernels& isa = kernels();
     const Plan plan = plan_for(call, isa);
-    const size_t scratch = isa.backward_scratch(call.T_k, call.D);
+    const size_t size = isa.backward_scratch(call.T_k, call.D);
     const size_t sums = isa.kv_sums(call.T_k, call.D);
     // Sums of whole heads belong to the worker; a part keeps its own until all parts are there.
-    const Buffer buffer = allocate((scratch + sums) * num_threads());
-    const Buffer parts = allocate(sums * plan.n_split * plan.parts);
+    float* const buffer = scratch((size + sums) * num_threads() + sums * plan.n_split * plan.parts);
+    float* const parts = buffer + (size + sums) * num_threads();
     parallel_for(plan.n_tasks(), [&](int task, int worker) {
         const AttentionHead head = head_of(call, plan.head(task));
-        float* own = buffer.get() + worker * (scratch + sums);
+        float* own = buffer + worker * (size + sums);
         if (task < plan.n_whole) {
-            isa.attention_backward(head, 0, 1, own, own + scratch);
-            isa.attention_write_kv(head, own + scratch, 1);
+            isa.attention_backward(head, 0, 1, own, own + size);
+            isa.attention_write_kv(head, own + size, 1);
         } else {
             isa.attention_backward(head, plan.first(task), plan.step(task), own,
-                                   parts.get() + (task - plan.n_whole) * sums);
+                                   parts + (task - plan.n_whole) * sums);
         }
     });
     parallel_for(plan.n_split, [&](int split, int) {
-        isa.attention_write_kv(head_of(call, plan.n_whole + split), parts.get() + split * plan.parts * sums,
+        isa.attention_write_kv(head_of(call, plan.n_whole + split), parts + split * plan.parts * sums,
                                plan.parts);
     });
 }

@@ -1,18 +1,26 @@
 // The Python module mlxgpt._core: checks arguments, releases the GIL, calls. The only file that knows
 // Python. Arrays come as anything that exports a buffer: NumPy arrays, MLX arrays, memoryviews.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <initializer_list>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "adamw.h"
 #include "attention.h"
+#include "cross_entropy.h"
 #include "dispatch.h"
+#include "dropout.h"
+#include "embedding.h"
+#include "layer_norm.h"
+#include "linear.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -31,6 +39,12 @@ std::string shape_text(const List& shape) {
 
 [[noreturn]] void fail(const std::string& where, const std::string& what) {
     throw std::invalid_argument(where + ": " + what);
+}
+
+void expect_contiguous(const std::string& where, const std::string& name, const py::buffer_info& info) {
+    py::ssize_t stride = info.itemsize;
+    for (size_t axis = info.shape.size(); axis-- > 0; stride *= info.shape[axis])
+        if (info.shape[axis] > 1 && info.strides[axis] != stride) fail(where, name + " is not contiguous");
 }
 
 /// An array argument and its name, for messages.
@@ -90,21 +104,26 @@ struct Array {
                             ", '" + like.info.format + "'");
     }
 
-    Tensor4 tensor() const {
-        const py::ssize_t size = info.itemsize;
-        if (info.shape[3] > 1 && info.strides[3] != size)
-            fail(where, name + " has a stride of " + std::to_string(info.strides[3] / size) +
+    void expect_float32() const {
+        if (storage != Storage::kFloat32)
+            fail(where, name + " has buffer format '" + info.format + "', expected float32 ('f')");
+    }
+
+    void expect_unit_stride() const {
+        if (info.shape.back() > 1 && info.strides.back() != info.itemsize)
+            fail(where, name + " has a stride of " + std::to_string(info.strides.back() / info.itemsize) +
                             " elements along its last axis, expected 1");
+    }
+
+    Tensor4 tensor() const {
+        expect_unit_stride();
+        const py::ssize_t size = info.itemsize;
         return {info.ptr, storage, info.strides[0] / size, info.strides[1] / size, info.strides[2] / size};
     }
 
-    float* contiguous_float32() const {
-        if (storage != Storage::kFloat32)
-            fail(where, name + " has buffer format '" + info.format + "', expected float32 ('f')");
-        py::ssize_t stride = 4;
-        for (size_t axis = info.shape.size(); axis-- > 0; stride *= info.shape[axis])
-            if (info.shape[axis] > 1 && info.strides[axis] != stride)
-                fail(where, name + " is not contiguous");
+    float* contiguous() const {
+        expect_float32();
+        expect_contiguous(where, name, info);
         return static_cast<float*>(info.ptr);
     }
 };
@@ -169,7 +188,7 @@ AttentionCall attention_call(const char* where, const Array& q, const Array& k, 
     call.k = k.tensor();
     call.v = v.tensor();
     call.out = out.tensor();
-    call.lse = lse.contiguous_float32();
+    call.lse = lse.contiguous();
     call.scale = static_cast<float>(scale);
     call.causal = causal;
     set_dropout(call, where, dropout, seed);
@@ -229,7 +248,7 @@ void py_dropout_mask(const py::buffer& mask_, double dropout, uint64_t seed) {
     call.T_q = static_cast<int>(mask.info.shape[2]);
     call.T_k = static_cast<int>(mask.info.shape[3]);
     set_dropout(call, "dropout_mask", dropout, seed);
-    float* data = mask.contiguous_float32();
+    float* data = mask.contiguous();
     const py::gil_scoped_release release;
     dropout_mask(call, data);
 }
@@ -246,6 +265,433 @@ double py_fma_peak(int n) {
     return std::accumulate(operations.begin(), operations.end(), 0.0) / time.count();
 }
 
+// ---- the operations beside attention ----
+
+using MaybeBuffer = std::optional<py::buffer>;
+
+/// An array argument that may be None.
+struct MaybeArray {
+    std::optional<Array> array;
+
+    MaybeArray(const char* where, const char* name, const MaybeBuffer& buffer, Access access) {
+        if (buffer) array.emplace(where, name, *buffer, access);
+    }
+    explicit operator bool() const { return array.has_value(); }
+    const Array* operator->() const { return &*array; }
+};
+
+/// A matrix for a BLAS: its rows are contiguous and lie behind one another.
+Rows matrix(const Array& a) {
+    a.expect_float32();
+    a.expect_unit_stride();
+    const auto rows = a.info.shape[0], columns = a.info.shape[1];
+    const auto stride = rows > 1 ? a.info.strides[0] / 4 : columns;
+    if (stride < columns || stride > INT32_MAX)
+        fail(a.where, a.name + " has rows " + std::to_string(stride) + " elements apart, expected " +
+                          std::to_string(columns) + " or more");
+    return {static_cast<float*>(a.info.ptr), stride};
+}
+
+/// Checks a matrix's shape; gives its rows, none for None.
+Rows matrix(const MaybeArray& a, py::ssize_t rows, py::ssize_t columns) {
+    if (!a) return {};
+    a->expect_shape({rows, columns});
+    return matrix(*a.array);
+}
+
+float* contiguous(const MaybeArray& a, std::initializer_list<py::ssize_t> shape) {
+    if (!a) return nullptr;
+    a->expect_shape(shape);
+    return a->contiguous();
+}
+
+/// No output may be another argument. Checked by where arrays begin.
+void expect_distinct(std::initializer_list<const MaybeArray*> outputs,
+                     std::initializer_list<const MaybeArray*> inputs) {
+    for (auto output = outputs.begin(); output != outputs.end(); ++output) {
+        if (!**output) continue;
+        for (const MaybeArray* input : inputs)
+            if (*input) expect_distinct(*(*output)->array, {&*input->array});
+        for (auto other = output + 1; other != outputs.end(); ++other)
+            if (**other) expect_distinct(*(*output)->array, {&*(*other)->array});
+    }
+}
+
+void expect_matrix(const Array& a, const char* shape) {
+    if (a.info.ndim != 2) fail(a.where, a.name + " is " + shape_text(a.info.shape) + ", expected " + shape);
+    check_sizes(a);
+}
+
+/// int32 ids without gaps, each in [least, limit).
+const int32_t* ids_of(const char* where, const char* name, const py::buffer_info& info, int least,
+                      py::ssize_t limit) {
+    if ((info.format != "i" && info.format != "=i") || info.itemsize != 4)
+        fail(where, std::string(name) + " has buffer format '" + info.format + "', expected int32 ('i')");
+    expect_contiguous(where, name, info);
+    if (reinterpret_cast<uintptr_t>(info.ptr) % alignof(int32_t) != 0)
+        fail(where, std::string(name) + " does not begin on a multiple of 4 bytes");
+    const auto* ids = static_cast<const int32_t*>(info.ptr);
+    for (py::ssize_t i = 0; i < info.size; ++i)
+        if (ids[i] < least || ids[i] >= limit)
+            fail(where, std::string(name) + " holds " + std::to_string(ids[i]) + ", expected " +
+                            (least < 0 ? "-1 or " : "") + "0 <= id < " + std::to_string(limit));
+    return ids;
+}
+
+Gelu gelu_named(const char* where, const std::string& name) {
+    if (name == "gelu_new") return Gelu::kTanh;
+    if (name != "gelu") fail(where, "activation is '" + name + "', expected 'gelu_new' or 'gelu'");
+    return Gelu::kExact;
+}
+
+void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const MaybeBuffer& bias_,
+                       const py::buffer& out_, const MaybeBuffer& residual_, const MaybeBuffer& activated_,
+                       const std::string& activation) {
+    const char* where = "linear";
+    const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+        bias(where, "bias", bias_, Access::kRead), residual(where, "residual", residual_, Access::kRead),
+        out(where, "out", out_, Access::kWrite), activated(where, "activated", activated_, Access::kWrite);
+    expect_matrix(*x.array, "(rows, n_in)");
+    expect_matrix(*out.array, "(rows, n_out)");
+    const auto rows = x->info.shape[0], n_in = x->info.shape[1], n_out = out->info.shape[1];
+    expect_distinct({&out, &activated}, {&x, &weight, &bias, &residual});
+    LinearForward call;
+    call.rows = static_cast<int>(rows);
+    call.n_in = static_cast<int>(n_in);
+    call.n_out = static_cast<int>(n_out);
+    call.x = matrix(*x.array);
+    call.weight = matrix(weight, n_out, n_in);
+    call.bias = contiguous(bias, {n_out});
+    call.out = matrix(out, rows, n_out);
+    call.residual = matrix(residual, rows, n_out);
+    call.activated = matrix(activated, rows, n_out);
+    call.gelu = gelu_named(where, activation);
+    if (residual && activated) fail(where, "residual and activated are both given, expected one of them");
+    const py::gil_scoped_release release;
+    linear_forward(call);
+}
+
+void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
+                        const MaybeBuffer& dx_, const MaybeBuffer& dweight_, const MaybeBuffer& dbias_,
+                        bool accumulate, const MaybeBuffer& pre_, const MaybeBuffer& activated_,
+                        const std::string& activation) {
+    const char* where = "linear backward";
+    const MaybeArray dout(where, "dout", dout_, Access::kRead), x(where, "x", x_, Access::kRead),
+        weight(where, "weight", weight_, Access::kRead), pre(where, "pre", pre_, Access::kRead),
+        dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite),
+        dbias(where, "dbias", dbias_, Access::kWrite),
+        activated(where, "activated", activated_, Access::kWrite);
+    expect_matrix(*dout.array, "(rows, n_out)");
+    expect_matrix(*weight.array, "(n_out, n_in)");
+    const auto rows = dout->info.shape[0], n_out = dout->info.shape[1], n_in = weight->info.shape[1];
+    LinearBackward call;
+    call.rows = static_cast<int>(rows);
+    call.n_in = static_cast<int>(n_in);
+    call.n_out = static_cast<int>(n_out);
+    call.dout = matrix(*dout.array);
+    call.x = matrix(x, rows, n_in);
+    call.weight = matrix(weight, n_out, n_in);
+    call.dx = matrix(dx, rows, n_in);
+    call.dweight = matrix(dweight, n_out, n_in);
+    call.dbias = contiguous(dbias, {n_out});
+    call.accumulate = accumulate;
+    call.pre = matrix(pre, rows, n_in);
+    call.activated = matrix(activated, rows, n_in);
+    call.gelu = gelu_named(where, activation);
+    if (pre && !dx) fail(where, "pre is given without dx");
+    if (activated && !pre) fail(where, "activated is given without pre");
+    if (activated && dweight) fail(where, "activated is given with dweight, expected a call for each");
+    expect_distinct({&dx, &dweight, &dbias, &activated}, {&dout, &x, &weight, &pre});
+    const py::gil_scoped_release release;
+    linear_backward(call);
+}
+
+void py_gelu_forward(const py::buffer& x_, const py::buffer& out_, const std::string& activation) {
+    const char* where = "gelu";
+    const MaybeArray x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
+    expect_matrix(*x.array, "(rows, n)");
+    const auto rows = x->info.shape[0], n = x->info.shape[1];
+    expect_distinct({&out}, {&x});
+    const Rows in = matrix(*x.array), to = matrix(out, rows, n);
+    const Gelu gelu = gelu_named(where, activation);
+    const py::gil_scoped_release release;
+    gelu_forward(static_cast<int>(rows), static_cast<int>(n), in, gelu, to);
+}
+
+void py_gelu_backward(const py::buffer& x_, const py::buffer& dx_, const std::string& activation) {
+    const char* where = "gelu backward";
+    const MaybeArray x(where, "x", x_, Access::kRead), dx(where, "dx", dx_, Access::kWrite);
+    expect_matrix(*x.array, "(rows, n)");
+    const auto rows = x->info.shape[0], n = x->info.shape[1];
+    expect_distinct({&dx}, {&x});
+    const Rows in = matrix(*x.array), gradient = matrix(dx, rows, n);
+    const Gelu gelu = gelu_named(where, activation);
+    const py::gil_scoped_release release;
+    gelu_backward(static_cast<int>(rows), static_cast<int>(n), in, gelu, gradient, {});
+}
+
+void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, const MaybeBuffer& bias_,
+                           float eps, const py::buffer& out_, const py::buffer& mean_,
+                           const py::buffer& rstd_) {
+    const char* where = "layer_norm";
+    const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+        bias(where, "bias", bias_, Access::kRead), out(where, "out", out_, Access::kWrite),
+        mean(where, "mean", mean_, Access::kWrite), rstd(where, "rstd", rstd_, Access::kWrite);
+    expect_matrix(*x.array, "(rows, C)");
+    const auto rows = x->info.shape[0], C = x->info.shape[1];
+    if (!(eps >= 0) || !std::isfinite(eps))
+        fail(where, "eps is " + std::to_string(eps) + ", expected 0 or more");
+    const float *in = x->contiguous(), *w = contiguous(weight, {C}), *b = contiguous(bias, {C});
+    float *to = contiguous(out, {rows, C}), *m = contiguous(mean, {rows}), *r = contiguous(rstd, {rows});
+    expect_distinct({&out, &mean, &rstd}, {&x, &weight, &bias});
+    const py::gil_scoped_release release;
+    layer_norm_forward(static_cast<int>(rows), static_cast<int>(C), in, w, b, eps, to, m, r);
+}
+
+void py_layer_norm_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
+                            const py::buffer& mean_, const py::buffer& rstd_, const py::buffer& dx_,
+                            const py::buffer& dweight_, const MaybeBuffer& dbias_, bool add_to_dx,
+                            bool accumulate) {
+    const char* where = "layer_norm backward";
+    const MaybeArray dout(where, "dout", dout_, Access::kRead), x(where, "x", x_, Access::kRead),
+        weight(where, "weight", weight_, Access::kRead), mean(where, "mean", mean_, Access::kRead),
+        rstd(where, "rstd", rstd_, Access::kRead), dx(where, "dx", dx_, Access::kWrite),
+        dweight(where, "dweight", dweight_, Access::kWrite), dbias(where, "dbias", dbias_, Access::kWrite);
+    expect_matrix(*x.array, "(rows, C)");
+    const auto rows = x->info.shape[0], C = x->info.shape[1];
+    LayerNormBackward call{};
+    call.rows = static_cast<int>(rows);
+    call.n = static_cast<int>(C);
+    call.dout = contiguous(dout, {rows, C});
+    call.x = x->contiguous();
+    call.weight = contiguous(weight, {C});
+    call.mean = contiguous(mean, {rows});
+    call.rstd = contiguous(rstd, {rows});
+    call.dx = contiguous(dx, {rows, C});
+    call.dweight = contiguous(dweight, {C});
+    call.dbias = contiguous(dbias, {C});
+    call.add_to_dx = add_to_dx;
+    call.accumulate = accumulate;
+    expect_distinct({&dx, &dweight, &dbias}, {&dout, &x, &weight, &mean, &rstd});
+    const py::gil_scoped_release release;
+    layer_norm_backward(call);
+}
+
+/// The shape (B, T) of ids, (T,) being one sequence.
+std::pair<py::ssize_t, py::ssize_t> batch_of(const char* where, const py::buffer_info& ids) {
+    if (ids.ndim != 2 || ids.size < 1)
+        fail(where, "ids is " + shape_text(ids.shape) + ", expected (B, T) of at least 1");
+    return {ids.shape[0], ids.shape[1]};
+}
+
+void py_embedding_forward(const py::buffer& ids_, const py::buffer& tokens_, const MaybeBuffer& positions_,
+                          const py::buffer& out_) {
+    const char* where = "embedding";
+    const py::buffer_info info = ids_.request();
+    const MaybeArray tokens(where, "tokens", tokens_, Access::kRead),
+        positions(where, "positions", positions_, Access::kRead), out(where, "out", out_, Access::kWrite);
+    expect_matrix(*tokens.array, "(V, C)");
+    const auto [B, T] = batch_of(where, info);
+    const auto V = tokens->info.shape[0], C = tokens->info.shape[1];
+    const int32_t* ids = ids_of(where, "ids", info, 0, V);
+    const float *from = tokens->contiguous(), *at = contiguous(positions, {T, C});
+    float* to = contiguous(out, {B, T, C});
+    expect_distinct({&out}, {&tokens, &positions});
+    const py::gil_scoped_release release;
+    embedding_forward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), ids, from, at, to);
+}
+
+void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, const MaybeBuffer& dtokens_,
+                           const MaybeBuffer& dpositions_) {
+    const char* where = "embedding backward";
+    const py::buffer_info info = ids_.request();
+    const MaybeArray dout(where, "dout", dout_, Access::kRead),
+        dtokens(where, "dtokens", dtokens_, Access::kWrite),
+        dpositions(where, "dpositions", dpositions_, Access::kWrite);
+    const auto [B, T] = batch_of(where, info);
+    if (dout->info.ndim != 3) fail(where, "dout is " + shape_text(dout->info.shape) + ", expected (B, T, C)");
+    check_sizes(*dout.array);
+    const auto C = dout->info.shape[2];
+    const float* from = contiguous(dout, {B, T, C});
+    const py::ssize_t V = dtokens && dtokens->info.ndim == 2 ? dtokens->info.shape[0] : INT32_MAX;
+    float *tokens = contiguous(dtokens, {V, C}), *positions = contiguous(dpositions, {T, C});
+    const int32_t* ids = ids_of(where, "ids", info, 0, V);
+    expect_distinct({&dtokens, &dpositions}, {&dout});
+    const py::gil_scoped_release release;
+    embedding_backward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), ids, from, tokens,
+                       positions);
+}
+
+const int32_t* targets_of(const char* where, const py::buffer_info& info, py::ssize_t N, py::ssize_t V) {
+    if (info.ndim != 1 || info.shape[0] != N)
+        fail(where, "targets is " + shape_text(info.shape) + ", expected (" + std::to_string(N) + ",)");
+    return ids_of(where, "targets", info, -1, V);
+}
+
+double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, const py::buffer& targets_,
+                               const MaybeBuffer& dx_, const MaybeBuffer& dweight_, bool accumulate,
+                               double scale) {
+    const char* where = "linear_cross_entropy";
+    const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+        dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite);
+    const py::buffer_info targets = targets_.request();
+    expect_matrix(*x.array, "(N, C)");
+    expect_matrix(*weight.array, "(V, C)");
+    const auto N = x->info.shape[0], C = x->info.shape[1], V = weight->info.shape[0];
+    LinearCrossEntropy call;
+    call.N = static_cast<int>(N);
+    call.C = static_cast<int>(C);
+    call.V = static_cast<int>(V);
+    call.x = matrix(*x.array);
+    call.weight = matrix(weight, V, C);
+    call.targets = targets_of(where, targets, N, V);
+    call.dx = matrix(dx, N, C);
+    call.dweight = matrix(dweight, V, C);
+    call.accumulate = accumulate;
+    call.scale = static_cast<float>(scale);
+    expect_distinct({&dx, &dweight}, {&x, &weight});
+    const py::gil_scoped_release release;
+    return linear_cross_entropy(call);
+}
+
+double py_cross_entropy(const py::buffer& logits_, const py::buffer& targets_, const MaybeBuffer& dlogits_) {
+    const char* where = "cross_entropy";
+    const MaybeArray logits(where, "logits", logits_, Access::kRead),
+        dlogits(where, "dlogits", dlogits_, Access::kWrite);
+    const py::buffer_info targets = targets_.request();
+    expect_matrix(*logits.array, "(N, V)");
+    const auto N = logits->info.shape[0], V = logits->info.shape[1];
+    const int32_t* ids = targets_of(where, targets, N, V);
+    const Rows in = matrix(*logits.array), out = matrix(dlogits, N, V);
+    expect_distinct({&dlogits}, {&logits});
+    const py::gil_scoped_release release;
+    return cross_entropy(static_cast<int>(N), static_cast<int>(V), in, ids, out);
+}
+
+double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py::buffer>& gradients,
+                const std::vector<py::buffer>& m, const std::vector<py::buffer>& v,
+                const std::vector<bool>& decayed, double learning_rate, double beta1, double beta2,
+                double eps, double weight_decay, long step, double max_norm) {
+    const char* where = "adamw";
+    const size_t n = parameters.size();
+    for (const size_t other : {gradients.size(), m.size(), v.size(), decayed.size()})
+        if (other != n)
+            fail(where, "a list has " + std::to_string(other) + " entries, expected " + std::to_string(n));
+    if (step < 1) fail(where, "step is " + std::to_string(step) + ", expected 1 or more");
+    for (const double beta : {beta1, beta2})
+        if (!(beta >= 0 && beta < 1))
+            fail(where, "a beta is " + std::to_string(beta) + ", expected 0 <= beta < 1");
+    if (!(max_norm >= 0)) fail(where, "max_norm is " + std::to_string(max_norm) + ", expected 0 or more");
+    std::vector<AdamWTensor> tensors;
+    for (size_t i = 0; i < n; ++i) {
+        const std::string at = "[" + std::to_string(i) + "]";
+        const Array parameter(where, ("parameters" + at).c_str(), parameters[i], Access::kWrite);
+        const Array gradient(where, ("gradients" + at).c_str(), gradients[i], Access::kRead);
+        const Array first(where, ("m" + at).c_str(), m[i], Access::kWrite);
+        const Array second(where, ("v" + at).c_str(), v[i], Access::kWrite);
+        for (const Array* other : {&gradient, &first, &second})
+            if (other->info.shape != parameter.info.shape)
+                fail(where, other->name + " is " + shape_text(other->info.shape) + ", expected " +
+                                shape_text(parameter.info.shape));
+        expect_distinct(parameter, {&gradient, &first, &second});
+        expect_distinct(first, {&gradient, &second});
+        expect_distinct(second, {&gradient});
+        tensors.push_back({parameter.contiguous(), gradient.contiguous(), first.contiguous(),
+                           second.contiguous(), static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
+    }
+    const py::gil_scoped_release release;
+    return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm});
+}
+
+void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, uint64_t seed,
+                const py::buffer& out_) {
+    const char* where = "dropout";
+    const MaybeArray x(where, "x", x_, Access::kRead), residual(where, "residual", residual_, Access::kRead),
+        out(where, "out", out_, Access::kWrite);
+    if (!(p >= 0.0 && p < 1.0)) fail(where, "p is " + std::to_string(p) + ", expected 0 <= p < 1");
+    for (const MaybeArray* other : {&residual, &out})
+        if (*other && (*other)->info.shape != x->info.shape)
+            fail(where, (*other)->name + " is " + shape_text((*other)->info.shape) + ", expected " +
+                            shape_text(x->info.shape));
+    const float *from = x->contiguous(), *more = residual ? residual->contiguous() : nullptr;
+    float* to = out->contiguous();
+    const auto n = static_cast<ptrdiff_t>(x->info.size);
+    expect_distinct({&out}, {&x, &residual});
+    const py::gil_scoped_release release;
+    dropout(n, from, more, static_cast<float>(p), seed, to);
+}
+
+void py_vector_math(const std::string& name, const py::buffer& x_, const py::buffer& out_) {
+    const char* where = "_vector_math";
+    const Array x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
+    out.expect_shape({x.info.size});
+    const Kernels& isa = kernels();
+    Kernels::Function* const function = name == "exp2_nonpositive" ? isa.exp2_nonpositive
+                                        : name == "exp"            ? isa.exp
+                                        : name == "log"            ? isa.log
+                                        : name == "tanh"           ? isa.tanh
+                                        : name == "erf"            ? isa.erf
+                                                                   : nullptr;
+    if (function == nullptr)
+        fail(where, "name is '" + name + "', expected exp2_nonpositive, exp, log, tanh or erf");
+    function(x.contiguous(), out.contiguous(), x.info.size);
+}
+
+void define_operations(py::module_& m) {
+    using namespace py::literals;
+    m.def("linear_forward", &py_linear_forward, "x"_a, "weight"_a, "bias"_a.none(true), "out"_a,
+          py::kw_only(), "residual"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
+          R"(out = x weight^T + bias + residual, or out = x weight^T + bias and activated = gelu(out).
+
+x: (rows, n_in); weight: (n_out, n_in); bias: (n_out,); out, residual, activated: (rows, n_out). Rows may lie
+apart. activation: gelu_new, GPT-2's tanh form, or gelu, the exact one.)");
+    m.def("linear_backward", &py_linear_backward, "dout"_a, "x"_a, "weight"_a, "dx"_a.none(true),
+          "dweight"_a.none(true), "dbias"_a.none(true), py::kw_only(), "accumulate"_a = false,
+          "pre"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
+          R"(Writes dx = dout weight, dweight = dout^T x and dbias, the sum over rows; None is not computed.
+
+With accumulate, dweight and dbias are added to. If x = gelu(pre), dx becomes the gradient of pre, and
+activated, if given, gelu(pre) again.)");
+    m.def("gelu_forward", &py_gelu_forward, "x"_a, "out"_a, "activation"_a, "out = gelu(x), each (rows, n).");
+    m.def("gelu_backward", &py_gelu_backward, "x"_a, "dx"_a, "activation"_a,
+          "dx *= gelu'(x): the gradient of gelu_forward in the place of its output's.");
+    m.def("layer_norm_forward", &py_layer_norm_forward, "x"_a, "weight"_a, "bias"_a.none(true), "eps"_a,
+          "out"_a, "mean"_a, "rstd"_a,
+          "out = (x - mean) * rstd * weight + bias by rows, x: (rows, C), rstd = 1 / sqrt(variance + eps). "
+          "mean and rstd: (rows,) are written for the backward pass.");
+    m.def("layer_norm_backward", &py_layer_norm_backward, "dout"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a,
+          "dx"_a, "dweight"_a, "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false,
+          "accumulate"_a = false, "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias.");
+    m.def(
+        "embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
+        "out[b, t] = tokens[ids[b, t]] + positions[t]. ids: (B, T) int32; tokens: (V, C); positions: (T, C); "
+        "out: (B, T, C).");
+    m.def("embedding_backward", &py_embedding_backward, "ids"_a, "dout"_a, "dtokens"_a.none(true),
+          "dpositions"_a.none(true),
+          "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
+    m.def("linear_cross_entropy", &py_linear_cross_entropy, "x"_a, "weight"_a, "targets"_a,
+          "dx"_a.none(true) = py::none(), "dweight"_a.none(true) = py::none(), py::kw_only(),
+          "accumulate"_a = false, "scale"_a = 1.0,
+          R"(Mean of -log softmax(x weight^T)[target] over the targets that are not -1 (0 if there is none).
+
+x: (N, C); weight: (V, C); targets: (N,) int32. Writes scale times the mean's gradients, dx and dweight, unless
+None; with accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.)");
+    m.def("cross_entropy", &py_cross_entropy, "logits"_a, "targets"_a, "dlogits"_a.none(true) = py::none(),
+          "The same of logits (N, V), and their gradient.");
+    m.def("adamw", &py_adamw, "parameters"_a, "gradients"_a, "m"_a, "v"_a, "decayed"_a, py::kw_only(),
+          "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "max_norm"_a,
+          R"(A step of AdamW with bias correction, in place, on lists of arrays; returns the gradients' norm.
+
+Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_norm is 0. Parameters marked in
+`decayed` shrink by learning_rate * weight_decay. step counts from 1.)");
+    m.def(
+        "dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
+        "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "
+        "position. The gradient of x is dropout(dout, None, p, seed, dx).");
+    m.def("_vector_math", &py_vector_math, "name"_a, "x"_a, "out"_a,
+          "A function of kernels/math.h, for tests.");
+}
+
 }  // namespace
 }  // namespace mlxgpt
 
@@ -253,8 +699,9 @@ PYBIND11_MODULE(_core, m) {
     using namespace mlxgpt;
     using namespace py::literals;
     m.doc() =
-        "CPU kernels of mlxgpt. Arrays export the buffer protocol, in float32, float16, or bfloat16 as "
-        "uint16.";
+        "CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention may "
+        "also be "
+        "float16, or bfloat16 as uint16.";
     m.attr("__version__") = MLXGPT_VERSION;
 
     m.def(
@@ -286,4 +733,6 @@ by tile: the extra memory is O(T_k * head_dim) a thread.)");
     m.def(
         "fma_peak", &py_fma_peak, "n"_a = 5000000,
         "GFLOP/s that all threads reach with n multiply-adds in each register of a block and nothing else.");
+
+    define_operations(m);
 }

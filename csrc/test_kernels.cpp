@@ -82,9 +82,9 @@ double exact_exp2_nonpositive(double x) { return x < -126 ? 0 : std::exp2(x); }
 void check_mathematics(const Kernels& isa) {
     check_function(isa, "exp2", isa.exp2_nonpositive, exact_exp2_nonpositive, 1.2, 0.0F);
     check_function(isa, "exp", isa.exp, [](double x) { return std::exp(x); }, 1.1);
-    check_function(isa, "log", isa.log, [](double x) { return std::log(x); }, 1.0);
+    check_function(isa, "log", isa.log, [](double x) { return std::log(x); }, 1.1);
     check_function(isa, "tanh", isa.tanh, [](double x) { return std::tanh(x); }, 2.0);
-    check_function(isa, "erf", isa.erf, [](double x) { return std::erf(x); }, 2.0);
+    check_function(isa, "erf", isa.erf, [](double x) { return std::erf(x); }, 1.5);
 }
 
 // ---- attention ----
@@ -109,22 +109,22 @@ struct Head {
         head.batch = 3;
         head.head = 5;
         head.lse = lse.data();
-        for (Rows* rows : {&head.q, &head.out, &head.dout, &head.dq}) make(*rows, T_q, storage);
-        for (Rows* rows : {&head.k, &head.v, &head.dk, &head.dv}) make(*rows, T_k, storage);
+        for (StoredRows* rows : {&head.q, &head.out, &head.dout, &head.dq}) make(*rows, T_q, storage);
+        for (StoredRows* rows : {&head.k, &head.v, &head.dk, &head.dv}) make(*rows, T_k, storage);
         std::mt19937 random(T_q * 1000 + T_k * 10 + D);
         std::normal_distribution<float> normal;
-        for (Rows* rows : {&head.q, &head.dout, &head.k, &head.v})
+        for (StoredRows* rows : {&head.q, &head.dout, &head.k, &head.v})
             for (int i = 0; i < (rows == &head.q || rows == &head.dout ? T_q : T_k); ++i)
                 for (int d = 0; d < D; ++d) set(*rows, i, d, normal(random));
     }
-    void make(Rows& rows, int n, Storage storage) {
+    void make(StoredRows& rows, int n, Storage storage) {
         rows.stride = head.D + kGap;
         rows.storage = storage;
         memory.emplace_back(static_cast<size_t>(n) * rows.stride * size, 0xA5);
         rows.data = memory.back().data();
     }
     // Cuts bits off; values need not be the nearest, only the same for kernel and reference.
-    void set(Rows& rows, int i, int d, float x) {
+    void set(StoredRows& rows, int i, int d, float x) {
         unsigned char* at = static_cast<unsigned char*>(rows.data) + (i * rows.stride + d) * size;
         uint32_t bits;
         if (rows.storage == Storage::kFloat16) {
@@ -137,7 +137,7 @@ struct Head {
         }
         std::memcpy(at, &bits, size);
     }
-    double get(const Rows& rows, int i, int d) const {
+    double get(const StoredRows& rows, int i, int d) const {
         const unsigned char* at = static_cast<const unsigned char*>(rows.data) + (i * rows.stride + d) * size;
         uint16_t half;
         std::memcpy(&half, at, 2);
@@ -210,7 +210,7 @@ void check_attention(const Kernels& isa, int T_q, int T_k, int D, Storage storag
             }
         lse_off = std::max(lse_off, std::fabs(head.lse[i] - std::log(sum)));
     }
-    const auto off = [&](const Rows& rows, const std::vector<double>& exact, int n) {
+    const auto off = [&](const StoredRows& rows, const std::vector<double>& exact, int n) {
         double worst = 0, largest = 1;
         for (int i = 0; i < n; ++i)
             for (int d = 0; d < D; ++d) {
@@ -263,6 +263,76 @@ void check_dropout(const Kernels& isa) {
     kernels_scalar.dropout_mask(h.head, expected.data());
     isa.dropout_mask(h.head, found.data());
     expect(expected == found, "%s: the dropout mask differs from the scalar one", isa.name);
+}
+
+// ---- the operations beside attention ----
+
+/// What the kernels of an instruction set make of the same inputs, array after array. Rows have gaps, and
+/// lengths are no multiple of any vector's.
+std::vector<float> results_of_operations(const OpKernels& ops) {
+    constexpr int kRows = 3, kGap = 5;
+    std::vector<float> results;
+    for (const int n : {1, 7, 16, 37, 130, 1111}) {
+        const int stride = n + kGap;
+        std::mt19937 random(n);
+        std::normal_distribution<float> normal(0, 2);
+        const auto array = [&](int rows) {
+            std::vector<float> x(static_cast<size_t>(rows) * stride);
+            for (float& value : x) value = normal(random);
+            return x;
+        };
+        const auto keep = [&](const std::vector<float>& x) {
+            results.insert(results.end(), x.begin(), x.end());
+        };
+        std::vector<float> x = array(kRows), y = array(kRows), z = array(kRows), weight = array(1),
+                           bias = array(1), mean(kRows), rstd(kRows), sums(stride), more(stride);
+        const auto rows = [&](std::vector<float>& a) { return Rows{a.data(), stride}; };
+
+        ops.add_bias(rows(x), kRows, n, bias.data(), rows(y));
+        keep(x);
+        for (const Gelu kind : {Gelu::kTanh, Gelu::kExact}) {
+            ops.bias_gelu(rows(x), kRows, n, bias.data(), kind, rows(z));
+            keep(z);
+            ops.gelu_backward(rows(x), kRows, n, kind, rows(y), rows(z));
+            keep(y);
+            keep(z);
+        }
+        ops.add_columns(rows(y), kRows, n, sums.data());
+        ops.add(weight.data(), n, sums.data());
+        ops.scale(0.7F, n, sums.data());
+        ops.add_rows(sums.data(), bias.data(), n, more.data());
+        keep(sums);
+        keep(more);
+        ops.layer_norm_forward(x.data(), kRows, n, weight.data(), bias.data(), 1e-5F, y.data(), mean.data(),
+                               rstd.data());
+        for (std::vector<float>* a : {&y, &mean}) keep(*a);
+        if (n > 1) {  // alone, a number has no variance, and rstd magnifies whatever is rounded
+            keep(rstd);
+            ops.layer_norm_backward(z.data(), x.data(), kRows, n, weight.data(), mean.data(), rstd.data(),
+                                    y.data(), true, sums.data(), more.data());
+            for (std::vector<float>* a : {&y, &sums, &more}) keep(*a);
+        }
+        const double loss = ops.cross_entropy(x.data(), n, n / 2, 0.5F);
+        keep(x);
+        const double norm = ops.squares(z.data(), n);
+        results.insert(results.end(), {static_cast<float>(loss), static_cast<float>(norm)});
+        std::vector<float> m = array(1), v(stride, 0.3F), dropped(stride);
+        ops.adamw(weight.data(), bias.data(), m.data(), v.data(), n, 0.99F,
+                  {0.5F, 1e-3F, 0.9F, 0.99F, 1e-8F, 2.0F, 3.0F});
+        for (std::vector<float>* a : {&weight, &m, &v}) keep(*a);
+        ops.dropout(z.data(), bias.data(), 0, n, 0.3F, 0x123456789ABCDEFU, dropped.data());
+        keep(dropped);
+    }
+    return results;
+}
+
+/// tests/test_kernels.py compares them with the definitions; here the scalar kernels are the measure.
+void check_operations(const Kernels& isa) {
+    const std::vector<float> expected = results_of_operations(*kernels_scalar.ops);
+    const std::vector<float> found = results_of_operations(*isa.ops);
+    for (size_t i = 0; i < expected.size(); ++i)
+        expect(std::fabs(found[i] - expected[i]) <= 2e-5F * (1 + std::fabs(expected[i])),
+               "%s: result %zu of the operations is %.9g, expected %.9g", isa.name, i, found[i], expected[i]);
 }
 
 // ---- the whole call, from several threads ----
@@ -324,6 +394,7 @@ int main() {
         check_attention(*isa);
         check_nan(*isa);
         check_dropout(*isa);
+        check_operations(*isa);
     }
     check_threads();
     std::printf(faults == 0 ? "passed\n" : "%d faults\n", faults);

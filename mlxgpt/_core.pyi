@@ -1,4 +1,8 @@
-"""CPU kernels of mlxgpt. Arrays export the buffer protocol, in float32, float16, or bfloat16 as uint16."""
+"""CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention may also be
+float16, or bfloat16 as uint16.
+"""
+
+from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
@@ -36,3 +40,77 @@ def attention_backward(
 ) -> None: ...
 def dropout_mask(mask: Buffer, dropout: float, seed: int) -> None: ...
 def fma_peak(n: int = 5000000) -> float: ...
+
+# ---- the operations beside attention ----
+
+def linear_forward(
+    x: Buffer,
+    weight: Buffer,
+    bias: Buffer | None,
+    out: Buffer,
+    *,
+    residual: Buffer | None = None,
+    activated: Buffer | None = None,
+    activation: str = "gelu_new",
+) -> None: ...
+def linear_backward(
+    dout: Buffer,
+    x: Buffer,
+    weight: Buffer,
+    dx: Buffer | None,
+    dweight: Buffer | None,
+    dbias: Buffer | None,
+    *,
+    accumulate: bool = False,
+    pre: Buffer | None = None,
+    activated: Buffer | None = None,
+    activation: str = "gelu_new",
+) -> None: ...
+def gelu_forward(x: Buffer, out: Buffer, activation: str) -> None: ...
+def gelu_backward(x: Buffer, dx: Buffer, activation: str) -> None: ...
+def layer_norm_forward(
+    x: Buffer, weight: Buffer, bias: Buffer | None, eps: float, out: Buffer, mean: Buffer, rstd: Buffer
+) -> None: ...
+def layer_norm_backward(
+    dout: Buffer,
+    x: Buffer,
+    weight: Buffer,
+    mean: Buffer,
+    rstd: Buffer,
+    dx: Buffer,
+    dweight: Buffer,
+    dbias: Buffer | None,
+    *,
+    add_to_dx: bool = False,
+    accumulate: bool = False,
+) -> None: ...
+def embedding_forward(ids: Buffer, tokens: Buffer, positions: Buffer | None, out: Buffer) -> None: ...
+def embedding_backward(ids: Buffer, dout: Buffer, dtokens: Buffer | None, dpositions: Buffer | None) -> None: ...
+def linear_cross_entropy(
+    x: Buffer,
+    weight: Buffer,
+    targets: Buffer,
+    dx: Buffer | None = None,
+    dweight: Buffer | None = None,
+    *,
+    accumulate: bool = False,
+    scale: float = 1.0,
+) -> float: ...
+def cross_entropy(logits: Buffer, targets: Buffer, dlogits: Buffer | None = None) -> float: ...
+def adamw(
+    parameters: Sequence[Buffer],
+    gradients: Sequence[Buffer],
+    m: Sequence[Buffer],
+    v: Sequence[Buffer],
+    decayed: Sequence[bool],
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    max_norm: float,
+) -> float: ...
+def dropout(x: Buffer, residual: Buffer | None, p: float, seed: int, out: Buffer) -> None: ...
+def _vector_math(name: str, x: Buffer, out: Buffer) -> None: ...

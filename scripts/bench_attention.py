@@ -21,9 +21,7 @@ PASSES = ("forward", "both")
 
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="threads of both (default: physical cores)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each line (default: 4)")
     parser.add_argument("--memory", action="store_true", help="measure memory at T = 32768 instead")
@@ -100,9 +98,7 @@ def speed(seconds):
             for their in rest:
                 line += f" {their * 1e3:8.2f} {operations / their / 1e9:8.0f} | {their / ours:.2f}"
             print(line, flush=True)
-    print(
-        f"peak, multiply-adds alone: {max(peaks):.0f} GFLOP/s, in the median {statistics.median(peaks):.0f}"
-    )
+    print(f"peak, multiply-adds alone: {max(peaks):.0f} GFLOP/s, in the median {statistics.median(peaks):.0f}")
 
 
 def memory():

@@ -94,9 +94,7 @@ def strided(rng, shape, layout, fill=None):
 class Problem:
     """Random inputs and what the kernels make of them."""
 
-    def __init__(
-        self, B, n_head, T_q, T_k, D, *, layout="plain", causal=True, dropout=0.0, seed=0, spread=1.0
-    ):
+    def __init__(self, B, n_head, T_q, T_k, D, *, layout="plain", causal=True, dropout=0.0, seed=0, spread=1.0):
         rng = np.random.default_rng([B, n_head, T_q, T_k, D, seed])
         self.options = {"scale": D**-0.5, "causal": causal, "dropout": dropout, "seed": seed}
         q_shape, k_shape = (B, n_head, T_q, D), (B, n_head, T_k, D)

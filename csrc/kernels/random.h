@@ -29,4 +29,12 @@ inline Random4 philox(UVec c0, UVec c1, UVec c2, UVec c3, uint64_t key) {
     return {{c0, c1, c2, c3}};
 }
 
+/// What dropout multiplies by, from random numbers: 0 with chance p, else 1 / (1 - p).
+struct DropoutFactors {
+    Vec limit, kept;
+    explicit DropoutFactors(float p)
+        : limit(set(p * 16777216.0F)), kept(set(1.0F / (1.0F - p))) {}  // 2^24, against 24 random bits
+    Vec operator()(UVec random) const { return zero_where(less(top_24_bits(random), limit), kept); }
+};
+
 }  // namespace

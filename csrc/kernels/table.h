@@ -7,6 +7,12 @@
 
 namespace mlxgpt {
 
+/// Rows of contiguous elements: row i begins at data + i * stride.
+struct Rows {
+    float* data = nullptr;
+    ptrdiff_t stride = 0;
+};
+
 /// How the elements of an array are stored. All arithmetic is in float32.
 enum class Storage { kFloat32, kBFloat16, kFloat16 };
 struct BFloat16 {
@@ -16,8 +22,8 @@ struct Float16 {
     uint16_t bits;
 };
 
-/// Rows of contiguous elements: row i begins i * stride elements behind data.
-struct Rows {
+/// Rows in any storage: row i begins i * stride elements behind data.
+struct StoredRows {
     void* data = nullptr;
     ptrdiff_t stride = 0;
     Storage storage = Storage::kFloat32;
@@ -26,15 +32,74 @@ struct Rows {
 /// One head of one attention call. q, out, dout, dq have T_q rows and k, v, dk, dv have T_k, all of
 /// D elements; lse and delta have T_q. Query i sees keys 0 .. i + T_k - T_q if causal, else all.
 struct AttentionHead {
-    Rows q, k, v, out;
+    StoredRows q, k, v, out;
     float* lse = nullptr;
-    Rows dout, dq, dk, dv;  // backward only
+    StoredRows dout, dq, dk, dv;  // backward only
     int T_q = 0, T_k = 0, D = 0;
     float scale = 1.0F;
     bool causal = true;
     float dropout = 0.0F;  // chance that a probability is dropped, 0 for none
     uint64_t seed = 0;     // the mask is a function of (seed, batch, head, query, key)
     uint32_t batch = 0, head = 0;
+};
+
+// ---- the operations beside attention ----
+
+enum class Gelu { kTanh, kExact };
+
+/// What AdamW is told for a step. Gradients are multiplied by `clip` first.
+struct AdamWStep {
+    float clip, learning_rate, beta1, beta2, eps;
+    float correction1, correction2;  // 1 / (1 - beta^step)
+};
+
+/// Kernels over rows that a task was given. `rows` are n_rows by n_cols.
+struct OpKernels {
+    /// x += bias, and + residual where there is one. bias may be null.
+    void (*add_bias)(Rows x, int n_rows, int n_cols, const float* bias, Rows residual);
+
+    /// x += bias; out = gelu(x). bias may be null.
+    void (*bias_gelu)(Rows x, int n_rows, int n_cols, const float* bias, Gelu kind, Rows out);
+
+    /// dout *= gelu'(x), in place; out = gelu(x) where out.data is not null.
+    void (*gelu_backward)(Rows x, int n_rows, int n_cols, Gelu kind, Rows dout, Rows out);
+
+    /// sums[c] += sum over the rows, in order.
+    void (*add_columns)(Rows x, int n_rows, int n_cols, float* sums);
+
+    /// y += x
+    void (*add)(const float* x, ptrdiff_t n, float* y);
+
+    /// y *= factor
+    void (*scale)(float factor, ptrdiff_t n, float* y);
+
+    /// out = (x - mean) * rstd * weight + bias for each row, of n_cols elements without gaps.
+    void (*layer_norm_forward)(const float* x, int n_rows, int n_cols, const float* weight, const float* bias,
+                               float eps, float* out, float* mean, float* rstd);
+
+    /// Writes dx, or adds to it, and adds to dweight and dbias (null where there is no bias).
+    void (*layer_norm_backward)(const float* dout, const float* x, int n_rows, int n_cols,
+                                const float* weight, const float* mean, const float* rstd, float* dx,
+                                bool add_to_dx, float* dweight, float* dbias);
+
+    /// out = a + b
+    void (*add_rows)(const float* a, const float* b, int n, float* out);
+
+    /// -log softmax(logits)[target]. With a factor that is not 0 the logits become their gradient, times
+    /// that factor.
+    double (*cross_entropy)(float* logits, int V, int target, float factor);
+
+    /// Sum of squares.
+    double (*squares)(const float* x, ptrdiff_t n);
+
+    /// One step of AdamW on n elements; decay is what a parameter is multiplied by first.
+    void (*adamw)(float* parameter, const float* gradient, float* m, float* v, ptrdiff_t n, float decay,
+                  const AdamWStep& step);
+
+    /// out = x * mask + residual (null for none), mask being 0 or 1 / (1 - p). x and out are whole tensors
+    /// without gaps: elements first .. first + n, where first is a multiple of 64.
+    void (*dropout)(const float* x, const float* residual, uint64_t first, ptrdiff_t n, float p,
+                    uint64_t seed, float* out);
 };
 
 /// The kernels of one instruction set.
@@ -64,12 +129,14 @@ struct Kernels {
     void (*dropout_mask)(const AttentionHead& head, float* mask);
 
     /// y[i] = f(x[i]) for n elements; errors in ulp are stated in math.h.
-    using Function = void(const float* x, float* y, size_t n);
+    using Function = void(const float* x, float* y, ptrdiff_t n);
     Function *exp2_nonpositive, *exp, *log, *tanh, *erf;
 
     /// Does nothing but multiply-adds, n on each of a register block's sums, and returns how many
     /// floating-point operations that were: what the processor can do at most.
     double (*fma_burst)(int n);
+
+    const OpKernels* ops;
 };
 
 extern const Kernels kernels_scalar;

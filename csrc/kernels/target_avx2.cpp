@@ -32,10 +32,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.x, b.x)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
-inline Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0F), a.x)}; }
-inline Vec with_sign(Vec size, Vec sign) {
-    return {_mm256_or_ps(size.x, _mm256_and_ps(_mm256_set1_ps(-0.0F), sign.x))};
-}
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.x)}; }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, m.x)}; }
@@ -50,12 +47,6 @@ inline float sum(Vec a) {
 inline Vec add_to_exponent(Vec a, Vec n) {
     const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n.x), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.x), shift))};
-}
-
-/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
-inline Vec exponent(Vec a) {
-    const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(a.x), _mm256_set1_epi32(0x3F3504F3));
-    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23))};
 }
 
 /// Turns 8 rows of 8 around: x[c] gets the c-th element of each.
@@ -105,6 +96,8 @@ struct UVec {
 inline UVec set_u(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
 inline UVec lane_numbers_u() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 inline UVec operator+(UVec a, UVec b) { return {_mm256_add_epi32(a.x, b.x)}; }
+inline UVec operator-(UVec a, UVec b) { return {_mm256_sub_epi32(a.x, b.x)}; }
+inline UVec operator&(UVec a, UVec b) { return {_mm256_and_si256(a.x, b.x)}; }
 inline UVec operator^(UVec a, UVec b) { return {_mm256_xor_si256(a.x, b.x)}; }
 inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
@@ -114,10 +107,14 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA)};
 }
 inline Vec top_24_bits(UVec a) { return {_mm256_cvtepi32_ps(_mm256_srli_epi32(a.x, 8))}; }
+inline UVec bits(Vec a) { return {_mm256_castps_si256(a.x)}; }
+inline Vec from_bits(UVec a) { return {_mm256_castsi256_ps(a.x)}; }
+inline UVec exponent_field(UVec a) { return {_mm256_srli_epi32(a.x, 23)}; }
+inline Vec to_float(UVec a) { return {_mm256_cvtepi32_ps(a.x)}; }
 
 }  // namespace
 
-#include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_avx2 = MLXGPT_KERNEL_TABLE("avx2");

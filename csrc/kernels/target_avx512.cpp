@@ -30,10 +30,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
-inline Vec absolute(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0F), a.x)}; }
-inline Vec with_sign(Vec size, Vec sign) {
-    return {_mm512_or_ps(size.x, _mm512_and_ps(_mm512_set1_ps(-0.0F), sign.x))};
-}
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.x)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.x, yes.x)}; }
@@ -49,12 +46,6 @@ inline float sum(Vec a) {
 inline Vec add_to_exponent(Vec a, Vec n) {
     const __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(n.x), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.x), shift))};
-}
-
-/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
-inline Vec exponent(Vec a) {
-    const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x3F3504F3));
-    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23))};
 }
 
 /// Turns 16 rows of 16 around: x[c] gets the c-th element of each.
@@ -111,6 +102,8 @@ inline UVec lane_numbers_u() {
     return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
 }
 inline UVec operator+(UVec a, UVec b) { return {_mm512_add_epi32(a.x, b.x)}; }
+inline UVec operator-(UVec a, UVec b) { return {_mm512_sub_epi32(a.x, b.x)}; }
+inline UVec operator&(UVec a, UVec b) { return {_mm512_and_si512(a.x, b.x)}; }
 inline UVec operator^(UVec a, UVec b) { return {_mm512_xor_si512(a.x, b.x)}; }
 inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
@@ -120,10 +113,14 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     high = {_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd)};
 }
 inline Vec top_24_bits(UVec a) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(a.x, 8))}; }
+inline UVec bits(Vec a) { return {_mm512_castps_si512(a.x)}; }
+inline Vec from_bits(UVec a) { return {_mm512_castsi512_ps(a.x)}; }
+inline UVec exponent_field(UVec a) { return {_mm512_srli_epi32(a.x, 23)}; }
+inline Vec to_float(UVec a) { return {_mm512_cvtepi32_ps(a.x)}; }
 
 }  // namespace
 
-#include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_avx512 = MLXGPT_KERNEL_TABLE("avx512");

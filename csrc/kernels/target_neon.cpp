@@ -35,8 +35,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.x, a.x, b.x)}; }
 inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.x, b.x)}; }
 inline Vec min(Vec a, Vec b) { return {vminq_f32(a.x, b.x)}; }
 inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.x, b.x)}; }
-inline Vec absolute(Vec a) { return {vabsq_f32(a.x)}; }
-inline Vec with_sign(Vec size, Vec sign) { return {vbslq_f32(vdupq_n_u32(0x80000000U), sign.x, size.x)}; }
+inline Vec sqrt(Vec a) { return {vsqrtq_f32(a.x)}; }
 inline Vec round(Vec a) { return {vrndnq_f32(a.x)}; }
 inline Mask less(Vec a, Vec b) { return {vcltq_f32(a.x, b.x)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return {vbslq_f32(m.x, yes.x, no.x)}; }
@@ -48,12 +47,6 @@ inline float sum(Vec a) { return vaddvq_f32(a.x); }
 inline Vec add_to_exponent(Vec a, Vec n) {
     const int32x4_t shift = vshlq_n_s32(vcvtq_s32_f32(n.x), 23);
     return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.x), shift))};
-}
-
-/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
-inline Vec exponent(Vec a) {
-    const int32x4_t above = vsubq_s32(vreinterpretq_s32_f32(a.x), vdupq_n_s32(0x3F3504F3));
-    return {vcvtq_f32_s32(vshrq_n_s32(above, 23))};
 }
 
 /// Turns 4 rows of 4 around: x[c] gets the c-th element of each.
@@ -89,6 +82,8 @@ inline UVec lane_numbers_u() {
     return {vld1q_u32(numbers)};
 }
 inline UVec operator+(UVec a, UVec b) { return {vaddq_u32(a.x, b.x)}; }
+inline UVec operator-(UVec a, UVec b) { return {vsubq_u32(a.x, b.x)}; }
+inline UVec operator&(UVec a, UVec b) { return {vandq_u32(a.x, b.x)}; }
 inline UVec operator^(UVec a, UVec b) { return {veorq_u32(a.x, b.x)}; }
 inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     const uint32x4_t first = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(a.x), m));
@@ -97,10 +92,14 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     high = {vuzp2q_u32(first, second)};
 }
 inline Vec top_24_bits(UVec a) { return {vcvtq_f32_u32(vshrq_n_u32(a.x, 8))}; }
+inline UVec bits(Vec a) { return {vreinterpretq_u32_f32(a.x)}; }
+inline Vec from_bits(UVec a) { return {vreinterpretq_f32_u32(a.x)}; }
+inline UVec exponent_field(UVec a) { return {vshrq_n_u32(a.x, 23)}; }
+inline Vec to_float(UVec a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.x))}; }
 
 }  // namespace
 
-#include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_neon = MLXGPT_KERNEL_TABLE("neon");

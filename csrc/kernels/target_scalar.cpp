@@ -29,8 +29,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }
 inline Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
 inline Vec min(Vec a, Vec b) { return {a.x < b.x ? a.x : b.x}; }
 inline Vec operator/(Vec a, Vec b) { return {a.x / b.x}; }
-inline Vec absolute(Vec a) { return {fabsf(a.x)}; }
-inline Vec with_sign(Vec size, Vec sign) { return {copysignf(size.x, sign.x)}; }
+inline Vec sqrt(Vec a) { return {sqrtf(a.x)}; }
 inline Vec round(Vec a) { return {nearbyintf(a.x)}; }
 inline Mask less(Vec a, Vec b) { return a.x < b.x; }
 inline Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
@@ -46,13 +45,6 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     bits += static_cast<uint32_t>(shift) << 23;
     memcpy(&a.x, &bits, 4);
     return a;
-}
-
-/// For x > 0 and normal, the n for which x / 2^n is from sqrt(1/2) to sqrt(2).
-inline Vec exponent(Vec a) {
-    uint32_t bits;
-    memcpy(&bits, &a.x, 4);
-    return {static_cast<float>(static_cast<int32_t>(bits - 0x3F3504F3U) >> 23)};
 }
 
 inline void transpose(Vec (&)[kLanes]) {}
@@ -111,6 +103,8 @@ struct UVec {
 inline UVec set_u(uint32_t x) { return {x}; }
 inline UVec lane_numbers_u() { return {0}; }
 inline UVec operator+(UVec a, UVec b) { return {a.x + b.x}; }
+inline UVec operator-(UVec a, UVec b) { return {a.x - b.x}; }
+inline UVec operator&(UVec a, UVec b) { return {a.x & b.x}; }
 inline UVec operator^(UVec a, UVec b) { return {a.x ^ b.x}; }
 inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     const uint64_t wide = static_cast<uint64_t>(a.x) * m;
@@ -118,10 +112,22 @@ inline void multiply_wide(UVec a, uint32_t m, UVec& high, UVec& low) {
     low = {static_cast<uint32_t>(wide)};
 }
 inline Vec top_24_bits(UVec a) { return {static_cast<float>(a.x >> 8)}; }
+inline UVec bits(Vec a) {
+    UVec b;
+    memcpy(&b.x, &a.x, 4);
+    return b;
+}
+inline Vec from_bits(UVec a) {
+    Vec b;
+    memcpy(&b.x, &a.x, 4);
+    return b;
+}
+inline UVec exponent_field(UVec a) { return {a.x >> 23}; }
+inline Vec to_float(UVec a) { return {static_cast<float>(static_cast<int32_t>(a.x))}; }
 
 }  // namespace
 
-#include "attention.h"
+#include "ops.h"
 
 namespace mlxgpt {
 const Kernels kernels_scalar = MLXGPT_KERNEL_TABLE("scalar");

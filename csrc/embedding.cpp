@@ -1,0 +1,46 @@
+#include "embedding.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "split.h"
+
+namespace mlxgpt {
+
+void embedding_forward(int B, int T, int C, const int32_t* ids, const float* tokens, const float* positions,
+                       float* out) {
+    const OpKernels& isa = *kernels().ops;
+    const ptrdiff_t rows = static_cast<ptrdiff_t>(B) * T;
+    const int n_parts = n_tasks(static_cast<double>(rows) * C, kElementsPerTask);
+    parallel_for(n_parts, [&](int task, int) {
+        const Range part = part_of(rows, task, n_parts);
+        for (ptrdiff_t row = part.begin; row < part.begin + part.size; ++row) {
+            const float* token = tokens + static_cast<ptrdiff_t>(ids[row]) * C;
+            if (positions == nullptr)
+                std::copy_n(token, C, out + row * C);
+            else
+                isa.add_rows(token, positions + row % T * C, C, out + row * C);
+        }
+    });
+}
+
+void embedding_backward(int B, int T, int C, const int32_t* ids, const float* dout, float* dtokens,
+                        float* dpositions) {
+    const OpKernels& isa = *kernels().ops;
+    const ptrdiff_t rows = static_cast<ptrdiff_t>(B) * T;
+    // A task takes some columns of every row: no two tasks write one element, whatever the ids, and each
+    // element's sum runs in order of the rows.
+    const int n_parts = n_tasks(static_cast<double>(rows) * C, kElementsPerTask);
+    parallel_for(n_parts, [&](int task, int) {
+        const Range columns = part_of(C, task, n_parts, 16);
+        for (ptrdiff_t row = 0; row < rows; ++row) {
+            const float* from = dout + row * C + columns.begin;
+            if (dtokens != nullptr)
+                isa.add(from, columns.size, dtokens + static_cast<ptrdiff_t>(ids[row]) * C + columns.begin);
+            if (dpositions != nullptr) isa.add(from, columns.size, dpositions + row % T * C + columns.begin);
+        }
+    });
+}
+
+}  // namespace mlxgpt

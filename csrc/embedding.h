@@ -1,0 +1,16 @@
+// Token and position embeddings.
+#pragma once
+
+#include <cstdint>
+
+namespace mlxgpt {
+
+/// out[b][t] = tokens[ids[b][t]] + positions[t], rows of C elements without gaps. positions may be null.
+void embedding_forward(int B, int T, int C, const int32_t* ids, const float* tokens, const float* positions,
+                       float* out);
+
+/// dtokens[ids[b][t]] += dout[b][t] and dpositions[t] += dout[b][t], in order of b and t. Each may be null.
+void embedding_backward(int B, int T, int C, const int32_t* ids, const float* dout, float* dtokens,
+                        float* dpositions);
+
+}  // namespace mlxgpt

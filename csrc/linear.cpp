@@ -1,0 +1,95 @@
+#include "linear.h"
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "product.h"
+
+namespace mlxgpt {
+namespace {
+
+Rows block_of(Rows a, Range rows, Range columns) {
+    return a.data == nullptr ? Rows{} : Rows{a.data + rows.begin * a.stride + columns.begin, a.stride};
+}
+
+int as_int(ptrdiff_t n) { return static_cast<int>(n); }
+
+}  // namespace
+
+void linear_forward(const LinearForward& call) {
+    const OpKernels& isa = *kernels().ops;
+    const Blocks blocks(call.rows, call.n_out, call.n_in);
+    parallel_for(blocks.size(), [&](int task, int) {
+        const Range rows = blocks.rows(task), columns = blocks.columns(task);
+        if (rows.size == 0 || columns.size == 0) return;
+        const int m = as_int(rows.size), n = as_int(columns.size);
+        const Rows out = block_of(call.out, rows, columns);
+        Operand weight = rows_of(call.weight, columns.begin);
+        weight.transposed = true;
+        gemm(m, n, call.n_in, rows_of(call.x, rows.begin), weight, 0.0F, out.data, as_int(out.stride));
+        const float* bias = call.bias == nullptr ? nullptr : call.bias + columns.begin;
+        if (call.activated.data != nullptr)
+            isa.bias_gelu(out, m, n, bias, call.gelu, block_of(call.activated, rows, columns));
+        else if (bias != nullptr || call.residual.data != nullptr)
+            isa.add_bias(out, m, n, bias, block_of(call.residual, rows, columns));
+    });
+}
+
+void linear_backward(const LinearBackward& call) {
+    const OpKernels& isa = *kernels().ops;
+    const Blocks dx(call.rows, call.n_in, call.n_out), dweight(call.n_out, call.n_in, call.rows);
+    const int n_dx = call.dx.data == nullptr ? 0 : dx.size();
+    const int n_dweight = call.dweight.data == nullptr ? 0 : dweight.size();
+    const int n_dbias =
+        call.dbias == nullptr ? 0 : n_tasks(static_cast<double>(call.rows) * call.n_out, kElementsPerTask);
+    parallel_for(n_dx + n_dweight + n_dbias, [&](int task, int) {
+        if (task < n_dx) {  // dx = dout W
+            const Range rows = dx.rows(task), columns = dx.columns(task);
+            if (rows.size == 0 || columns.size == 0) return;
+            const int m = as_int(rows.size), n = as_int(columns.size);
+            const Rows out = block_of(call.dx, rows, columns);
+            const Rows weight{call.weight.data + columns.begin, call.weight.stride};
+            gemm(m, n, call.n_out, rows_of(call.dout, rows.begin), rows_of(weight), 0.0F, out.data,
+                 as_int(out.stride));
+            if (call.pre.data != nullptr)
+                isa.gelu_backward(block_of(call.pre, rows, columns), m, n, call.gelu, out,
+                                  block_of(call.activated, rows, columns));
+        } else if (task < n_dx + n_dweight) {  // dW = dout^T x
+            const Range rows = dweight.rows(task - n_dx), columns = dweight.columns(task - n_dx);
+            if (rows.size == 0 || columns.size == 0) return;
+            const Rows out = block_of(call.dweight, rows, columns);
+            const Rows x{call.x.data + columns.begin, call.x.stride};
+            gemm(as_int(rows.size), as_int(columns.size), call.rows, columns_of(call.dout, rows.begin),
+                 rows_of(x), call.accumulate ? 1.0F : 0.0F, out.data, as_int(out.stride));
+        } else {
+            const Range columns = part_of(call.n_out, task - n_dx - n_dweight, n_dbias, 16);
+            float* sums = call.dbias + columns.begin;
+            if (!call.accumulate) std::fill_n(sums, columns.size, 0.0F);
+            isa.add_columns({call.dout.data + columns.begin, call.dout.stride}, call.rows,
+                            as_int(columns.size), sums);
+        }
+    });
+}
+
+void gelu_forward(int rows, int n, Rows pre, Gelu gelu, Rows activated) {
+    const OpKernels& isa = *kernels().ops;
+    const int n_parts = n_tasks(static_cast<double>(rows) * n, kElementsPerTask);
+    parallel_for(n_parts, [&](int task, int) {
+        const Range part = part_of(rows, task, n_parts);
+        const Range all{0, n};
+        isa.bias_gelu(block_of(pre, part, all), as_int(part.size), n, nullptr, gelu,
+                      block_of(activated, part, all));
+    });
+}
+
+void gelu_backward(int rows, int n, Rows pre, Gelu gelu, Rows dx, Rows activated) {
+    const OpKernels& isa = *kernels().ops;
+    const int n_parts = n_tasks(static_cast<double>(rows) * n, kElementsPerTask);
+    parallel_for(n_parts, [&](int task, int) {
+        const Range part = part_of(rows, task, n_parts);
+        const Range all{0, n};
+        isa.gelu_backward(block_of(pre, part, all), as_int(part.size), n, gelu, block_of(dx, part, all),
+                          block_of(activated, part, all));
+    });
+}
+
+}  // namespace mlxgpt

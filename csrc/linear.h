@@ -1,0 +1,43 @@
+// Linear layers: y = x W^T + b, forward and backward, over a BLAS.
+#pragma once
+
+#include "kernels/table.h"
+
+namespace mlxgpt {
+
+/// A linear layer's call: x is (rows, n_in), weight (n_out, n_in), out and dout (rows, n_out).
+struct LinearForward {
+    int rows = 0, n_in = 0, n_out = 0;
+    Rows x, weight;
+    const float* bias = nullptr;  // (n_out,)
+    Rows out;
+    Rows residual;   // (rows, n_out), added to out
+    Rows activated;  // (rows, n_out): gelu(out)
+    Gelu gelu = Gelu::kTanh;
+};
+
+/// Null outputs are not computed. The layer's x may itself be gelu(pre): then dx becomes the gradient of
+/// pre, and `activated` gets gelu(pre) again, so that the forward pass need not keep it.
+struct LinearBackward {
+    int rows = 0, n_in = 0, n_out = 0;
+    Rows dout, x, weight;
+    Rows dx, dweight;
+    float* dbias = nullptr;
+    bool accumulate = false;  // add to dweight and dbias
+    Rows pre, activated;      // (rows, n_in)
+    Gelu gelu = Gelu::kTanh;
+};
+
+/// Writes out = x W^T + bias + residual, and activated = gelu(out) where it is asked for (without residual).
+void linear_forward(const LinearForward& call);
+
+/// Writes dx = dout W, dweight = dout^T x and dbias, the sum of dout's rows.
+void linear_backward(const LinearBackward& call);
+
+/// dx *= gelu'(pre) in place; activated = gelu(pre) where it is not null.
+void gelu_backward(int rows, int n, Rows pre, Gelu gelu, Rows dx, Rows activated);
+
+/// activated = gelu(pre).
+void gelu_forward(int rows, int n, Rows pre, Gelu gelu, Rows activated);
+
+}  // namespace mlxgpt

@@ -1,0 +1,267 @@
+"""Settings: the dataclasses and their presets.
+
+Every setting is a field below: its name is its flag and its TOML key, its docstring its --help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+def _require(rule: bool, name: str, value: object, text: str) -> None:
+    if not rule:
+        raise ValueError(f"{name} is {value}, expected {text}")
+
+
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The model's shape. With no arguments: 512 positions, 12 layers, 12 heads of 64, 768 wide."""
+
+    block_size: int = 512
+    """longest sequence the model sees, in tokens"""
+    vocab_size: int = 50257
+    """number of token ids; in training at least the tokenizer's number, which it is when unset"""
+    n_layer: int = 12
+    """number of transformer blocks"""
+    n_head: int = 12
+    """attention heads per block; head_dim = n_embd / n_head"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    dropout: float = 0.0
+    """probability of dropping an activation in training"""
+    bias: bool = True
+    """biases in the linear layers and layer norms, as GPT-2 has them"""
+    activation: Literal["gelu_new", "gelu"] = "gelu_new"
+    """gelu_new: GPT-2's tanh form; gelu: the exact form that nanoGPT trains with"""
+    layer_norm_epsilon: float = 1e-5
+    """added to the variance inside layer norm"""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
+        _require(self.activation in ("gelu_new", "gelu"), "activation", repr(self.activation), "'gelu_new' or 'gelu'")
+        _require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", self.layer_norm_epsilon, "more than 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT on text. With no arguments: a small model on Python's own standard library."""
+
+    preset: str = ""
+    """cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl: where the other defaults come from;
+    unset, cpu on the CPU and shakespeare-char on the GPU"""
+    config: str = ""
+    """a TOML file that sets any of these names; the command line wins over it"""
+
+    data: str = "stdlib"
+    """a text file, a directory, a glob, or a named corpus: stdlib (the Python standard library's source, found
+    on this machine) or shakespeare (1.1 MB, downloaded once)"""
+    tokenizer: Literal["char", "gpt2"] = "char"
+    """char: one token per character; gpt2: GPT-2's byte-pair encoding"""
+    out_dir: str = ""
+    """where the run is written; unset, runs/PRESET, numbered when that is taken"""
+    overwrite: bool = False
+    """write into an out_dir that already holds a run"""
+
+    batch_size: int = 12
+    """sequences per micro-batch"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches per optimizer step, each of other text"""
+    max_iters: int = 2000
+    """optimizer steps"""
+    learning_rate: float = 1e-3
+    """peak learning rate"""
+    min_lr: float | None = None
+    """learning rate at the end of the decay; None is learning_rate / 10"""
+    warmup_iters: int = 100
+    """steps of linear warm-up"""
+    lr_decay_iters: int | None = None
+    """step at which the cosine decay ends; None is max_iters"""
+    decay_lr: bool = True
+    """decay the learning rate; False holds it at learning_rate after the warm-up"""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only"""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient average"""
+    beta2: float = 0.99
+    """AdamW's decay of the squared-gradient average"""
+    grad_clip: float = 1.0
+    """largest global norm of the gradient; 0 turns clipping off"""
+
+    eval_interval: int = 250
+    """steps between evaluations"""
+    eval_iters: int = 40
+    """validation batches per evaluation, the same ones each time"""
+    log_interval: int = 10
+    """steps between lines of the log"""
+    sample_tokens: int = 200
+    """length of the sample shown at each evaluation; 0 shows none"""
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes the GPU where MLX has one"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes in bfloat16 and keeps float32 master weights"""
+    compile: bool = True
+    """compile the training step with mx.compile (GPU only)"""
+    seed: int = 1337
+    """of the initial weights, the batches, dropout and the samples"""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    def __post_init__(self) -> None:
+        at_least_1 = "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval".split()
+        for name in at_least_1:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require_seed(self.seed)
+        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a finite number above 0")
+        if self.min_lr is not None:
+            _require(
+                0 <= self.min_lr <= self.learning_rate,
+                "min_lr",
+                self.min_lr,
+                f"0 to learning_rate = {self.learning_rate}",
+            )
+        if self.lr_decay_iters is not None:
+            _require(self.lr_decay_iters >= 1, "lr_decay_iters", self.lr_decay_iters, "at least 1")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), f"0 <= {name} < 1")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample text from a model directory."""
+
+    model: str
+    """the model directory that training or the converter wrote"""
+    prompt: str = ""
+    """the text to go on from; empty starts from the end-of-text token, or a line break for characters"""
+    num_samples: int = 1
+    """how many samples to draw"""
+    max_new_tokens: int = 500
+    """tokens to generate per sample"""
+    temperature: float = 0.8
+    """divides the logits; 0 takes the most likely token"""
+    top_k: int = 0
+    """sample among the k most likely tokens; 0 among all"""
+    seed: int = 1337
+    """same seed, same text"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes the GPU where MLX has one"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("temperature", "top_k"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require_seed(self.seed)
+
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int = 1024) -> dict[str, Any]:
+    """A GPT-2 size with nanoGPT's recipe for reproducing it."""
+    return dict(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, tokenizer="gpt2",
+        batch_size=12, gradient_accumulation_steps=40, max_iters=600_000, learning_rate=6e-4, warmup_iters=2000,
+        beta2=0.95, eval_interval=2000, eval_iters=200,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # nanoGPT's recipe for a laptop without a GPU
+    "cpu": dict(
+        n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=2000, learning_rate=1e-3,
+        warmup_iters=100, beta2=0.99, eval_interval=250, eval_iters=40,
+    ),
+    # nanoGPT's config/train_shakespeare_char.py
+    "shakespeare-char": dict(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, bias=False, batch_size=64, max_iters=5000,
+        learning_rate=1e-3, warmup_iters=100, beta2=0.99, eval_interval=250, eval_iters=200,
+    ),
+    "gpt2": _gpt2(12, 12, 768, block_size=512),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
+}  # fmt: skip
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, by their flat names. ValueError names the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset '{name}'{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint at the valid name that a misspelt one is nearest to, or nothing."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def settings(cls: Any) -> dict[str, Any]:
+    """The flat names of a config's settings and their types, a nested config's among them."""
+    flat: dict[str, Any] = {}
+    for name, kind in get_type_hints(cls).items():
+        flat |= settings(kind) if dataclasses.is_dataclass(kind) else {name: kind}
+    return flat
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Builds a config from flat names.
+
+    ValueError, naming `source`, for a name that is not a setting (and the nearest that is), a value of
+    the wrong type, or one that breaks a rule.
+    """
+    valid = settings(cls)
+    for name, value in values.items():
+        if name not in valid:
+            raise ValueError(f"{source}: unknown setting '{name}'{nearest(name, valid)}")
+        if not _fits(value, valid[name]):
+            raise ValueError(f"{source}: {name} is {value!r}, expected {_type_name(valid[name])}")
+    try:
+        return _build(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _build(cls: Any, values: Mapping[str, Any]) -> Any:
+    arguments = {}
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, values)
+        elif name in values:
+            arguments[name] = values[name]
+    return cls(**arguments)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    members = get_args(kind)
+    return any(_fits(value, member) for member in members) if members else isinstance(value, kind)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    members = [m for m in get_args(kind) if m is not type(None)]
+    return " or ".join(_type_name(m) for m in members) if members else kind.__name__

@@ -1,0 +1,297 @@
+"""python -m mlxgpt.inspect: how sequence length, heads and dimensions fit together in a model.
+
+Nothing here knows the model's structure: the model is built and run on one batch, without arithmetic
+(MLX is lazy), and every operation that it calls is written down with its shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from unittest.mock import patch
+
+import mlx.core as mx
+import tyro
+from mlx.utils import tree_map
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import checkpoint, cli, kernels, ops
+from .cache import KVCache
+from .config import PRESETS, GPTConfig, nearest, settings
+from .model import GPT
+
+STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show how a model is built: its shapes step by step, parameters, arithmetic and memory."""
+
+    target: Annotated[str, tyro.conf.Positional] = "gpt2"
+    """a preset (cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a model directory"""
+    batch_size: int = 1
+    """sequences at once, B in the shapes"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the activations and the weights in use are held in"""
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+
+
+@dataclass
+class Call:
+    """An operation as the model called it."""
+
+    op: str
+    path: str  # where in the model: "h.0.attn.c_attn", or "h.0.attn.attention" for one without weights
+    weight_shape: tuple[int, ...] | None
+    inputs: list[mx.array]  # activations
+    output: mx.array
+
+    def matmul_flops(self) -> int:
+        """Multiplications and additions in matrix products; in attention only for pairs that the mask shows."""
+        if self.op == "linear":
+            return 2 * self.output.size * self.inputs[0].shape[-1]
+        if self.op == "attention":
+            q, k = self.inputs[:2]
+            B, n_head, T_q, head_dim = q.shape
+            pairs = T_q * (k.shape[2] - T_q) + T_q * (T_q + 1) // 2
+            return 2 * 2 * B * n_head * pairs * head_dim  # q k^T, and the weights times v
+        return 0
+
+    def score_shape(self) -> tuple[int, ...]:
+        """Attention's scores: (B, n_head, T_q, T_k)."""
+        q, k = self.inputs[:2]
+        return (*q.shape[:3], k.shape[2])
+
+
+def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]:
+    """What loss(ids, ids) calls, or with a cache the forward pass, in order. Nothing is computed."""
+    names = {id(p): name.removesuffix(".weight") for name, p in model.named_weights().items()}
+    calls: list[Call] = []
+
+    def recorder(op: str, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def record(*args: Any, **kwargs: Any) -> mx.array:
+            output = function(*args, **kwargs)
+            arrays = [a for a in args if isinstance(a, mx.array)]
+            weights = [a for a in arrays if id(a) in names]
+            path = names[id(weights[0])] if weights else f"{calls[-1].path.rpartition('.')[0]}.{op}"
+            shape = tuple(weights[0].shape) if weights else None
+            calls.append(Call(op, path, shape, [a for a in arrays if id(a) not in names], output))
+            return output
+
+        return record
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(kernels, "_core", None))  # the plain MLX expressions are lazy
+        for op in ("embedding", "layer_norm", "linear", "gelu", "attention", "cross_entropy"):
+            stack.enter_context(patch.object(ops, op, recorder(op, getattr(ops, op))))
+        if cache is None:
+            model.loss(ids, ids)
+        else:
+            model(ids, cache)
+    return calls
+
+
+def explain(config: GPTConfig) -> str:
+    """A newcomer's question: how do the tokens, the heads and the dimensions fit together?"""
+    T, C, n_head, D = config.block_size, config.n_embd, config.n_head, config.head_dim
+    return (
+        f"The model reads up to T = {T} tokens at once. Each token becomes a row of C = {C} numbers, so the "
+        f"sequence is a matrix of {T} rows and {C} columns, from the first layer to the last.\n\n"
+        f"Heads divide the {C} columns, not the {T} rows: {n_head} heads x {D} = {C}. Every head sees all {T} "
+        f"positions. It makes a query, a key and a value of {D} numbers at each; multiplies queries with keys and "
+        f"divides by sqrt({D}), which gives one score for each pair of positions; hides the scores of later "
+        f"positions; and averages the values by the softmax of the scores. The results of the {n_head} heads, side "
+        f"by side, are {T} rows of {C} again."
+    )
+
+
+def draw(config: GPTConfig) -> str:
+    """The same as a picture: the columns of each head, and what one head does with them."""
+    T, C, n_head, D = config.block_size, config.n_embd, config.n_head, config.head_dim
+    heads = [str(n) for n in range(1, n_head + 1)] if n_head <= 12 else [*"123456789", "..", str(n_head)]
+    edge, empty = ["─" * 4] * len(heads), [" " * 4] * len(heads)
+    left = " " * 10
+    scores = {
+        "█      ": f"scores [{T}, {T}] = q [{T}, {D}] k^T [{D}, {T}] / √{D}",
+        "██     ": "row i: position i with 1 to i; later ones are hidden",
+        "████   ": "softmax turns each row into weights that sum to 1",
+        "███████": f"result [{T}, {D}] = weights [{T}, {T}] v [{T}, {D}]",
+    }
+    return "\n".join(
+        [
+            f"{left}q, k and v: each {n_head} heads x {D} = {C} columns",
+            f"{left}┌{'┬'.join(edge)}┐",
+            f"     head │{'│'.join(head.center(4) for head in heads)}│",
+            f"{T:>4} rows │{'│'.join(empty)}│",
+            f"{left}└{'┴'.join(edge)}┘",
+            f" one head ┌{'─' * 7}┐",
+            *(f"{left}│{row}│  {note}" for row, note in scores.items()),
+            f"{left}└{'─' * 7}┘",
+        ]
+    )
+
+
+def shape_table(calls: list[Call], ids: mx.array) -> Table:
+    """Every step from [B, T] to logits, the first block's standing for all."""
+    notes = {
+        "wte": "[B, T, C]",
+        "wpe": "[T, C], added",
+        "c_attn": "[B, T, 3C] q, k, v",
+        "attn.c_proj": "[B, T, C], added to x",
+        "c_fc": "[B, T, 4C]",
+        "mlp.c_proj": "[B, T, C], added to x",
+        "ln_f": "[B, T, C]",
+    }
+    blocks = {call.path.split(".")[1] for call in calls if call.path.startswith("h.")}
+    table = _table("Shapes, step by step", "step", "weight", "result", "")
+    table.add_row("tokens", "", _shape(ids.shape), "[B, T] token ids")
+    previous = ""
+    for call in calls:
+        in_block = call.path.startswith("h.")
+        if (in_block and not call.path.startswith("h.0.")) or call.op == "cross_entropy":
+            previous = call.path
+            continue
+        if previous.startswith("h.") and not in_block and len(blocks) > 1:
+            table.add_row(f"h.1 ... h.{len(blocks) - 1}", "", "", f"{len(blocks) - 1} more blocks, the same")
+        weight = _shape(call.weight_shape) if call.weight_shape else ""
+        if call.op == "attention":
+            for name, array in zip(("q", "k", "v"), call.inputs, strict=True):
+                table.add_row(f"h.0.attn  {name}", "", _shape(array.shape), "[B, n_head, T, head_dim]")
+            table.add_row("h.0.attn  q k^T", "", _shape(call.score_shape()), "[B, n_head, T, T]")
+            table.add_row("h.0.attn  heads", "", _shape(call.output.shape), "[B, n_head, T, head_dim]")
+        elif call.op == "linear" and call.path == "wte":
+            table.add_row("head (wte again)", weight, _shape(call.output.shape), "[B, T, V] logits")
+        else:
+            note = next((n for suffix, n in notes.items() if call.path.endswith(suffix)), "")
+            table.add_row(call.path, weight, _shape(call.output.shape), note)
+        previous = call.path
+    return table
+
+
+def parameter_table(model: GPT) -> Table:
+    """Parameters per component, and the total in the ways that it is usually counted."""
+    counts: dict[str, int] = {}
+    for name, p in model.named_weights().items():
+        parts = name.split(".")
+        component = ".".join(parts[2:-1]) if parts[0] == "h" else parts[0]
+        counts[component] = counts.get(component, 0) + p.size
+    total, wte, wpe = model.n_params(), counts["wte"], counts["wpe"]
+    n_layer = len(model.h)
+    table = _table("Parameters", "component", "count", "share", "")
+    for component, count in counts.items():
+        in_block = component not in ("wte", "wpe", "ln_f")
+        each = f"{n_layer} x {count // n_layer:,}" if in_block else ""
+        table.add_row(f"h.N.{component}" if in_block else component, f"{count:,}", f"{count / total:.1%}", each)
+    table.add_section()
+    table.add_row("total", f"{total:,}", "100.0%", "the head is wte, counted once", style="bold")
+    table.add_row("without wpe", f"{total - wpe:,}", "", "as nanoGPT reports it")
+    table.add_row("without wte and wpe", f"{total - wte - wpe:,}", "", "non-embedding parameters")
+    table.add_row("with a head of its own", f"{total + wte:,}", "", "if it were not tied to wte")
+    return table
+
+
+def flops_table(calls: list[Call], tokens: int) -> Table:
+    """Floating-point operations of the matrix products, per token of a full sequence."""
+    groups: dict[str, int] = {}
+    for call in calls:
+        if flops := call.matmul_flops():
+            name = "head" if call.path == "wte" else "h.N." + call.path.split(".", 2)[2]
+            groups[name] = groups.get(name, 0) + flops
+    forward = sum(groups.values()) / tokens
+    table = _table("Arithmetic", "matrix products", "per token", "share", "")
+    for name, flops in groups.items():
+        note = "half of T x T, by the mask" if name.endswith("attention") else ""
+        table.add_row(name, _flops(flops / tokens), f"{flops / tokens / forward:.1%}", note)
+    table.add_section()
+    table.add_row("forward", _flops(forward), "100.0%", "", style="bold")
+    table.add_row("training", _flops(3 * forward), "", "backward costs twice forward", style="bold")
+    return table
+
+
+def memory_table(model: GPT, calls: list[Call], cache: KVCache, dtype: str) -> Table:
+    """Bytes held in training and in generation."""
+    weights = sum(p.nbytes for p in model.named_weights().values())
+    saved = {id(a): a for call in calls for a in call.inputs if a.dtype != mx.int32 and call.op != "cross_entropy"}
+    scores = [call.score_shape() for call in calls if call.op == "attention"]
+    logits = next(call for call in calls if call.op == "cross_entropy").inputs[0]
+    master = 4 * model.n_params()
+    table = _table(f"Memory in {dtype}", "what", "memory", "")
+    if dtype != "float32":
+        table.add_row("master weights", _bytes(master), "float32")
+    table.add_row("weights", _bytes(weights), "all that generation needs, with the cache")
+    table.add_row("gradients", _bytes(master), "float32")
+    table.add_row("AdamW's two averages", _bytes(2 * master), "float32")
+    table.add_row("activations", _bytes(sum(a.nbytes for a in saved.values())), "what the backward pass reads again")
+    table.add_row("logits", _bytes(2 * 4 * logits.size), "float32, and their gradient")
+    size = sum(math.prod(shape) for shape in scores) * calls[0].output.dtype.size
+    table.add_row("attention scores", _bytes(size), "T x T per head; training on the GPU only")
+    table.add_row("key/value cache", _bytes(cache.nbytes), "generation, all positions")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        numeric = column in ("count", "share", "per token", "memory")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "")
+    return table
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
+
+
+def _flops(n: float) -> str:
+    return f"{n / 1e9:,.2f} GFLOP" if n >= 1e9 else f"{n / 1e6:,.2f} MFLOP"
+
+
+def _find_config(target: str) -> GPTConfig:
+    """The shape that a preset's name or a model directory stands for."""
+    if target in PRESETS:
+        values = {n: v for n, v in PRESETS[target].items() if n in settings(GPTConfig)}
+        if PRESETS[target].get("tokenizer", "char") == "char":  # training takes it from the text
+            values.setdefault("vocab_size", STDLIB_CHARACTERS)
+        return GPTConfig(**values)
+    if target and Path(target).expanduser().is_dir():
+        return checkpoint.load_config(checkpoint.find_model(Path(target).expanduser()))
+    raise ValueError(
+        f"'{target}' is neither a preset{nearest(target, PRESETS)} nor a directory; presets: {', '.join(PRESETS)}"
+    )
+
+
+def main(args: Sequence[str]) -> None:
+    target = cli.parse(InspectConfig, args, "mlxgpt.inspect").target
+    config = cli.parse(InspectConfig, args, "mlxgpt.inspect", InspectConfig(target, model=_find_config(target)))
+    mx.random.seed(0)
+    model, shape = GPT(config.model), (config.batch_size, config.model.block_size)
+    model.update(tree_map(lambda p: p.astype(getattr(mx, config.dtype)), model.parameters()))
+    ids, cache = mx.zeros(shape, mx.int32), KVCache(config.model.n_layer, config.model.block_size)
+    calls = trace(model, ids)
+    trace(model, ids, cache)
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{target}[/bold]: " + ", ".join(f"{n} {v}" for n, v in vars(config.model).items()), "\n")
+    console.print(explain(config.model), "\n")
+    console.print(draw(config.model), "\n", markup=False)
+    console.print(shape_table(calls, ids))
+    console.print(parameter_table(model))
+    console.print(flops_table(calls, ids.size))
+    console.print(memory_table(model, calls, cache, config.dtype))
+
+
+if __name__ == "__main__":
+    cli.run("mlxgpt.inspect", main)

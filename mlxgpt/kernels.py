@@ -1,0 +1,441 @@
+"""A model on the CPU's kernels: the operations of ops.py in the C++ extension, each with its gradient.
+
+A model's method marked `entry` runs on NumPy arrays here. Each operation calls its kernel at once, and notes on
+a tape how gradients flow back; to MLX the whole method is one function with a gradient of its own. Between two
+kernels there is no graph to build, no thread to wake (120 us for each evaluation in MLX), and no fresh memory to
+fault in. The only importer of _core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+_core: Any = None
+if os.environ.get("MLXGPT_KERNELS") != "0" and find_spec("mlxgpt._core"):
+    try:
+        _core = import_module("mlxgpt._core")
+    except ImportError:
+        # The extension looks for its BLAS beside itself; where packages are installed in several places
+        # it may lie elsewhere, and is found when it is loaded already.
+        blas = find_spec("scipy_openblas32")
+        if blas is None or not blas.submodule_search_locations:
+            raise
+        for library in Path(blas.submodule_search_locations[0], "lib").glob("libscipy_openblas.*"):
+            ctypes.CDLL(str(library))
+        _core = import_module("mlxgpt._core")
+
+
+def available(dtype: mx.Dtype = mx.float32) -> bool:
+    """Whether a model of this type runs on the kernels: float32, on the CPU, with the extension there."""
+    return _core is not None and dtype == mx.float32 and mx.default_device().type == mx.cpu
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def entry(method: Method) -> Method:
+    """Marks the methods of a model through which callers run it: arrays in, one array out.
+
+    Where there are kernels for the model's parameters, the method runs on NumPy arrays. With arguments that
+    are not arrays (a cache) the result has no gradient.
+    """
+
+    @functools.wraps(method)
+    def call(model: Any, *args: Any) -> Any:
+        weights = list(model.named_weights().values())
+        if not all(available(w.dtype) for w in weights):
+            return method(model, *args)
+        arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
+        if any(a is not None and not isinstance(a, mx.array) for a in args):
+            mx.eval(weights)
+            return _run(None, method, model, arrays)
+        tape = _Tape(weights, [mx.zeros(w.shape) for w in weights] if model.training else [])
+
+        @mx.custom_function
+        def forward(*weights: mx.array) -> mx.array:
+            mx.eval(weights, tape.memory)
+            return _run(tape, method, model, arrays)
+
+        @forward.vjp
+        def backward(weights: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+            return tape.backward(np.asarray(cotangent))
+
+        return forward(*weights)
+
+    return call  # type: ignore[return-value]
+
+
+def add_gradients(
+    weights: list[mx.array], gradients: list[mx.array], scale: float, method: Callable[..., Any], *args: mx.array
+) -> mx.array:
+    """A model's method marked `entry`, run on the kernels without MLX around it -> what it returns, a scalar.
+
+    weights are all of the model's; scale times their gradients is added to those of `gradients`, in place.
+    """
+    tape = _Tape(weights, gradients, scale)
+    arrays = [np.asarray(a) for a in args]
+    value = _run(tape, method.__wrapped__, method.__self__, arrays)  # type: ignore[attr-defined]
+    tape.backward(np.array(scale, np.float32))
+    return value
+
+
+def zero(arrays: list[mx.array]) -> None:
+    """Fills arrays with 0 in place."""
+    mx.eval(arrays)
+    for array in arrays:
+        _view(array).fill(0)
+
+
+def adamw(
+    parameters: list[mx.array], gradients: list[mx.array], m: list[mx.array], v: list[mx.array], **options: Any
+) -> float:
+    """A step of AdamW in place, on evaluated arrays that nobody else holds -> the norm of all gradients.
+
+    m and v are the averages of the gradients and of their squares. Parameters of two or more dimensions are
+    decayed. Options: learning_rate, beta1, beta2, eps, weight_decay, step (from 1), max_norm to clip to (0 for
+    none). Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+    return _core.adamw(parameters, gradients, m, v, [p.ndim >= 2 for p in parameters], **options)
+
+
+class _Tape:
+    """How gradients flow back: one step for each operation that ran, the last one first.
+
+    A gradient belongs to an array by identity. Each step takes its output's gradient off and puts its inputs'
+    there, so that memory is free as soon as it can be.
+    """
+
+    def __init__(self, weights: list[mx.array], memory: list[mx.array], scale: float = 1.0) -> None:
+        self._weights = weights
+        self.memory = memory  # the weights' gradients; if empty, made by the backward pass
+        self.training = bool(memory)
+        self.scale = np.float32(scale)  # what the gradient of a loss will be, as far as can be foretold
+        self.steps: list[Callable[[_Tape], None]] = []
+        self.output: np.ndarray | None = None
+        self._activations: dict[int, np.ndarray] = {}
+        self._parts: dict[int, Callable[[_Tape], np.ndarray]] = {}
+
+    @functools.cached_property
+    def _of_weights(self) -> dict[int, mx.array]:
+        if not self.memory:
+            self.memory = [mx.zeros(w.shape) for w in self._weights]
+            mx.eval(self.memory)
+        return {id(w): m for w, m in zip(self._weights, self.memory, strict=True)}
+
+    def of(self, weight: mx.array | None) -> Any:
+        """The sum of a weight's gradients so far, for a kernel to add to. None of None."""
+        return None if weight is None else self._of_weights[id(weight)]
+
+    def empty(self, array: np.ndarray) -> np.ndarray:
+        """Memory for a gradient of an array, to be written and put there."""
+        part = self._parts.get(id(array))
+        return _empty(array.shape) if part is None else part(self)
+
+    def part(self, array: np.ndarray, memory: Callable[[_Tape], np.ndarray]) -> None:
+        """Says where the gradient of an array lies that is a part of another: what is put there is there."""
+        self._parts[id(array)] = memory
+
+    def put(self, array: np.ndarray, gradient: np.ndarray) -> None:
+        """Adds to the gradient of an array. The memory may be written to later."""
+        if id(array) in self._parts:
+            return
+        if (held := self._activations.get(id(array))) is None:
+            self._activations[id(array)] = gradient
+        else:
+            held += gradient
+
+    def has(self, array: np.ndarray) -> bool:
+        return id(array) in self._activations
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        return self._activations.pop(id(array))
+
+    def backward(self, cotangent: np.ndarray) -> tuple[mx.array, ...]:
+        if self.output is None:
+            raise ValueError("a model's gradient was asked for twice; call the model again")
+        gradient = _empty(self.output.shape)
+        gradient[...] = cotangent
+        self._activations[id(self.output)] = gradient
+        self.output = None
+        while self.steps:
+            self.steps.pop()(self)
+        return tuple(self.memory)
+
+
+class _State(threading.local):
+    """Of the method that runs on the kernels in this thread."""
+
+    tape: _Tape | None = None  # none where no gradient is wanted
+    seed: int | None = None  # of the dropout masks drawn so far
+
+
+_state = _State()
+
+
+def _run(tape: _Tape | None, method: Callable[..., Any], model: nn.Module, args: list[Any]) -> mx.array:
+    _state.tape, _state.seed = tape, None
+    try:
+        output = method(model, *args)
+    finally:
+        _state.tape = None
+        _memory.forget_unused()
+    if tape is not None:
+        tape.output = output
+    return mx.array(output)
+
+
+def _record(step: Callable[[_Tape], None]) -> None:
+    if _state.tape is not None:
+        _state.tape.steps.append(step)
+
+
+def _next_seed() -> int:
+    """A dropout mask's: the run's first from MLX's generator, then counted on."""
+    if _state.seed is None:
+        _state.seed = int(mx.random.randint(0, 2**31 - 1)) << 32
+    _state.seed += 1
+    return _state.seed
+
+
+class _Memory:
+    """float32 arrays that nobody else holds any more, to be used again.
+
+    A step of training asks for the same sizes as the step before; fresh memory would cost a page fault for
+    every 4 KB of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: dict[int, list[np.ndarray]] = {}
+        self._used: set[int] = set()  # blocks that were asked for since the last forget_unused
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        n = math.prod(shape)
+        with self._lock:
+            blocks = self._blocks.setdefault(n, [])
+            counts = _reference_counts(blocks)
+            if _HELD_BY_LIST in counts:
+                block = blocks[counts.index(_HELD_BY_LIST)]
+            else:
+                block = np.empty(n, np.float32)
+                blocks.append(block)
+            self._used.add(id(block))
+            return block.reshape(shape)
+
+    def forget_unused(self) -> None:
+        with self._lock:
+            kept = {n: [b for b in blocks if id(b) in self._used] for n, blocks in self._blocks.items()}
+            self._blocks = {n: blocks for n, blocks in kept.items() if blocks}
+            self._used.clear()
+
+
+def _reference_counts(blocks: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(block) for block in blocks]
+
+
+# What an array's count is that only a list holds: how many the loop itself adds depends on the interpreter.
+(_HELD_BY_LIST,) = _reference_counts([np.empty(0)])
+
+_memory = _Memory()
+_empty = _memory.empty
+
+
+def _view(array: mx.array) -> np.ndarray:
+    """The memory of an evaluated MLX array: nothing is copied, writes reach the MLX array. Kernels take MLX
+    arrays as they are, in the same way."""
+    return np.array(array, copy=False)
+
+
+def _rows(x: np.ndarray | None) -> Any:
+    """(..., C) -> (N, C). None of None."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+# ---- the kernels, each with its gradient ----
+
+
+def linear(
+    x: np.ndarray, weight: mx.array, bias: mx.array | None, residual: np.ndarray | None, dropout_p: float
+) -> np.ndarray:
+    if dropout_p > 0:
+        return dropout(linear(x, weight, bias, None, 0.0), dropout_p, residual)
+    out = _empty((*x.shape[:-1], weight.shape[0]))
+    _core.linear_forward(_rows(x), weight, bias, _rows(out), residual=_rows(residual))
+
+    def backward(tape: _Tape) -> None:
+        dout = tape.take(out)
+        dx = tape.empty(x)
+        _core.linear_backward(_rows(dout), _rows(x), weight, _rows(dx), tape.of(weight), tape.of(bias), accumulate=True)
+        tape.put(x, dx)
+        if residual is not None:
+            tape.put(residual, dout)
+
+    _record(backward)
+    return out
+
+
+def mlp(
+    x: np.ndarray, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: np.ndarray, dropout_p: float
+) -> np.ndarray:
+    fc, proj, fc_bias, proj_bias = c_fc.weight, c_proj.weight, c_fc.get("bias"), c_proj.get("bias")
+    activation = "gelu" if exact else "gelu_new"
+    h = _empty((*x.shape[:-1], fc.shape[0]))  # before the GELU
+    activated, out = _empty(h.shape), _empty(x.shape)
+    _core.linear_forward(_rows(x), fc, fc_bias, _rows(h), activated=_rows(activated), activation=activation)
+    added = residual if dropout_p == 0 else None
+    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added))
+    del activated  # the backward pass makes it again, in passing
+
+    def backward(tape: _Tape) -> None:
+        dout = tape.take(out)
+        dx, dh, activated = tape.empty(x), _rows(_empty(h.shape)), _rows(_empty(h.shape))
+        rows = _rows(dout), _rows(h)
+        _core.linear_backward(*rows, proj, dh, None, None, pre=rows[1], activated=activated, activation=activation)
+        _core.linear_backward(rows[0], activated, proj, None, tape.of(proj), tape.of(proj_bias), accumulate=True)
+        _core.linear_backward(dh, _rows(x), fc, _rows(dx), tape.of(fc), tape.of(fc_bias), accumulate=True)
+        tape.put(x, dx)
+        if added is not None:
+            tape.put(residual, dout)
+
+    _record(backward)
+    return out if dropout_p == 0 else dropout(out, dropout_p, residual)
+
+
+def embeddings(ids: np.ndarray, tokens: mx.array, positions: mx.array, start: int) -> np.ndarray:
+    ids = np.ascontiguousarray(ids, np.int32)
+    end = start + ids.shape[1]
+    out = _empty((*ids.shape, tokens.shape[1]))
+    _core.embedding_forward(ids, tokens, _view(positions)[start:end], out)
+
+    def backward(tape: _Tape) -> None:
+        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), _view(tape.of(positions))[start:end])
+
+    _record(backward)
+    return out
+
+
+def layer_norm(x: np.ndarray, weight: mx.array, bias: mx.array | None, eps: float) -> np.ndarray:
+    rows, out = _rows(x), _empty(x.shape)
+    mean, rstd = _empty((len(rows),)), _empty((len(rows),))
+    _core.layer_norm_forward(rows, weight, bias, eps, _rows(out), mean, rstd)
+
+    def backward(tape: _Tape) -> None:
+        dout, add = tape.take(out), tape.has(x)  # what came along the residual stream is added to in place
+        dx = tape.take(x) if add else tape.empty(x)
+        _core.layer_norm_backward(
+            _rows(dout), rows, weight, mean, rstd, _rows(dx), tape.of(weight), tape.of(bias),
+            add_to_dx=add, accumulate=True,
+        )  # fmt: skip
+        tape.put(x, dx)
+
+    _record(backward)
+    return out
+
+
+def dropout(x: np.ndarray, p: float, residual: np.ndarray | None) -> np.ndarray:
+    if p == 0 and residual is None:
+        return x
+    seed, out = _next_seed(), _empty(x.shape)
+    _core.dropout(x, residual, p, seed, out)
+
+    def backward(tape: _Tape) -> None:
+        dout, dx = tape.take(out), tape.empty(x)
+        _core.dropout(dout, None, p, seed, dx)
+        tape.put(x, dx)
+        if residual is not None:
+            tape.put(residual, dout)
+
+    _record(backward)
+    return out
+
+
+def _heads_of(x: np.ndarray, n_head: int) -> np.ndarray:
+    """(B, T, C) seen as (B, n_head, T, head_dim)."""
+    return x.reshape(*x.shape[:2], n_head, -1).swapaxes(1, 2)
+
+
+def _thirds(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values side by side, (B, T, 3C), seen as three (B, n_head, T, head_dim)."""
+    C = qkv.shape[-1] // 3
+    q, k, v = (_heads_of(qkv[..., n * C : (n + 1) * C], n_head) for n in range(3))
+    return q, k, v
+
+
+def split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    parts = _thirds(qkv, n_head)
+    if (tape := _state.tape) is not None:
+        for i, part in enumerate(parts):
+
+            def memory(tape: _Tape, i: int = i) -> np.ndarray:
+                whole = tape.take(qkv) if tape.has(qkv) else _empty(qkv.shape)
+                tape.put(qkv, whole)
+                return _thirds(whole, n_head)[i]
+
+            tape.part(part, memory)
+    return parts
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, dropout_p: float) -> np.ndarray:
+    B, n_head, T, head_dim = q.shape
+    options = dict(scale=head_dim**-0.5, dropout=dropout_p, seed=_next_seed() if dropout_p else 0)
+    # In memory (B, T, n_head, head_dim): as c_proj reads it.
+    out, lse = _empty((B, T, n_head, head_dim)).swapaxes(1, 2), _empty((B, n_head, T))
+    _core.attention_forward(q, k, v, out, lse, **options)
+
+    def backward(tape: _Tape) -> None:
+        gradients = [tape.empty(a) for a in (q, k, v)]
+        _core.attention_backward(q, k, v, out, lse, tape.take(out), *gradients, **options)
+        for array, gradient in zip((q, k, v), gradients, strict=True):
+            tape.put(array, gradient)
+
+    _record(backward)
+    return out
+
+
+def merge_heads(y: np.ndarray) -> np.ndarray:
+    B, n_head, T, head_dim = y.shape
+    merged = y.swapaxes(1, 2).reshape(B, T, n_head * head_dim)  # no copy: attention writes (B, T, n_head, head_dim)
+    _record(lambda tape: tape.put(y, _heads_of(tape.take(merged), n_head)))
+    return merged
+
+
+def linear_cross_entropy(x: np.ndarray, weight: mx.array, targets: np.ndarray) -> np.ndarray:
+    tape, rows = _state.tape, _rows(x)
+    targets = np.ascontiguousarray(targets, np.int32).reshape(-1)
+
+    def loss_and_gradients(tape: _Tape) -> tuple[float, np.ndarray]:
+        dx = _empty(x.shape)
+        into = _rows(dx), tape.of(weight)
+        return _core.linear_cross_entropy(rows, weight, targets, *into, accumulate=True, scale=tape.scale), dx
+
+    dx = None
+    if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
+        value, dx = loss_and_gradients(tape)
+    else:
+        value = _core.linear_cross_entropy(rows, weight, targets)
+    loss = np.array(value, np.float32)
+
+    def backward(tape: _Tape) -> None:
+        cotangent = tape.take(loss)
+        gradient = loss_and_gradients(tape)[1] if dx is None else dx
+        if cotangent != tape.scale:  # in MLX's graph, where no earlier gradient is in the weight's memory
+            gradient *= cotangent / tape.scale
+            _view(tape.of(weight))[...] *= cotangent / tape.scale
+        tape.put(x, gradient)
+
+    _record(backward)
+    return loss

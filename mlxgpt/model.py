@@ -1,0 +1,190 @@
+"""GPT-2 in MLX, defined once.
+
+    tokens -> token + position embeddings -> n_layer blocks -> layer norm -> logits
+
+Shapes are written beside every step: B sequences of T tokens, C = n_embd channels,
+n_head heads of head_dim = C / n_head channels, V = vocab_size.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import ops
+from .cache import KVCache
+from .config import GPTConfig
+
+
+class Linear(nn.Module):
+    """x W^T + b. (..., n_in) -> (..., n_out)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = mx.random.normal((n_out, n_in), scale=std)
+        if bias:
+            self.bias = mx.zeros((n_out,))
+
+    def __call__(self, x: mx.array, residual: mx.array | None = None, dropout_p: float = 0.0) -> mx.array:
+        """With dropout of what it returns, and the residual stream added to that."""
+        return ops.linear(x, self.weight, self.get("bias"), residual, dropout_p)
+
+
+class Embedding(nn.Module):
+    """A learned row of n_embd numbers for each of n_ids ids."""
+
+    def __init__(self, n_ids: int, n_embd: int) -> None:
+        super().__init__()
+        self.weight = mx.random.normal((n_ids, n_embd), scale=0.02)
+
+
+class LayerNorm(nn.Module):
+    """Normalises each position to mean 0 and variance 1, then scales and shifts. (..., C) -> (..., C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.layer_norm_epsilon
+        self.weight = mx.ones((config.n_embd,))
+        if config.bias:
+            self.bias = mx.zeros((config.n_embd,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.get("bias"), self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position gathers from itself and the positions before it, by n_head independent rules.
+
+    x, residual (B, T, C) -> residual + what was gathered from x, (B, T, C).
+    """
+
+    def __init__(self, config: GPTConfig, residual_std: float) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = Linear(C, 3 * C, config.bias)  # queries, keys and values of all heads at once
+        self.c_proj = Linear(C, C, config.bias, residual_std)
+
+    def __call__(self, x: mx.array, residual: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
+        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, 3C) -> 3 x (B, n_head, T, head_dim)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, n_head, T_k, head_dim): those seen before come first
+        p = self.dropout if self.training else 0.0
+        y = ops.attention(q, k, v, p)  # (B, n_head, T, head_dim), by way of (B, n_head, T, T_k) scores
+        return self.c_proj(ops.merge_heads(y), residual, p)  # heads side by side: (B, T, C)
+
+
+class MLP(nn.Module):
+    """Each position by itself, through a layer four times as wide: x, residual (B, T, C) ->
+    residual + c_proj(gelu(c_fc(x))), (B, T, C) by way of (B, T, 4C)."""
+
+    def __init__(self, config: GPTConfig, residual_std: float) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.exact_gelu, self.dropout = config.activation == "gelu", config.dropout
+        self.c_fc = Linear(C, 4 * C, config.bias)
+        self.c_proj = Linear(4 * C, C, config.bias, residual_std)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        p = self.dropout if self.training else 0.0
+        return ops.mlp(x, self.c_fc, self.c_proj, self.exact_gelu, residual, p)
+
+
+class Block(nn.Module):
+    """One layer: what attention and the MLP find is added to the residual stream x. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig, residual_std: float) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config, residual_std)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config, residual_std)
+
+    def __call__(self, x: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
+        x = self.attn(self.ln_1(x), x, layer, cache)  # x + attn(ln_1(x))
+        return self.mlp(self.ln_2(x), x)  # x + mlp(ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model. Its weights are drawn from mx.random as GPT-2's were: normal with a standard
+    deviation of 0.02, or 0.02 / sqrt(2 n_layer) for the 2 n_layer projections that add to the residual
+    stream, so that its variance does not grow with depth; biases 0."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        residual_std = 0.02 / math.sqrt(2 * config.n_layer)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.h = [Block(config, residual_std) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config)
+
+    @ops.entry
+    def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Logits of the token after each position. ids (B, T) int32 -> (B, T, V).
+
+        With a cache the T positions follow those it holds, and are added to it.
+        ValueError for positions past block_size.
+        """
+        x = self.hidden(ids, cache)  # (B, T, C)
+        return ops.linear(x, self.wte.weight)  # (B, T, V): the head is tied to the token embedding
+
+    def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
+        """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
+        start = cache.offset if cache is not None else 0
+        end = start + ids.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"GPT: {end} positions, at most block_size = {self.config.block_size}")
+        x = ops.embeddings(ids, self.wte.weight, self.wpe.weight, start)  # (B, T, C)
+        x = ops.dropout(x, self.config.dropout if self.training else 0.0)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        return self.ln_f(x)
+
+    @ops.entry
+    def loss(self, ids: mx.array, targets: mx.array) -> mx.array:
+        """Mean cross entropy in nats. ids, targets (B, T) int32; a target of -1 is not counted -> scalar."""
+        return ops.linear_cross_entropy(self.hidden(ids), self.wte.weight, targets)
+
+    def generate(
+        self, ids: mx.array, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0, vocab_size: int = 0
+    ) -> Iterator[mx.array]:
+        """Samples without end: yields the next token of each sequence, (B,) int32, given ids (B, T), T >= 1.
+
+        temperature divides the logits, 0 takes the most likely token; top_k > 0 keeps the k most likely;
+        vocab_size > 0 keeps ids below it (the model's vocabulary may be padded). Same seed, same tokens.
+        Past block_size the context is cropped to the last block_size tokens.
+        """
+        size, key = self.config.block_size, mx.random.key(seed)
+        cache = KVCache(self.config.n_layer, size)
+        new = ids[:, -size:]
+        context = new
+        while True:
+            if cache.offset + new.shape[1] > size:  # every position moves, so all are computed again
+                cache = KVCache(self.config.n_layer, size)
+                new = context
+            logits = self(new, cache)[:, -1, : vocab_size or None].astype(mx.float32)  # (B, V)
+            if temperature == 0:
+                token = mx.argmax(logits, axis=-1)  # (B,)
+            else:
+                if 0 < top_k < logits.shape[-1]:
+                    kth = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)  # (B, 1)
+                    logits = mx.where(logits < kth, -mx.inf, logits)
+                key, draw = mx.random.split(key)
+                token = mx.random.categorical(logits / temperature, key=draw)  # (B,)
+            new = token.astype(mx.int32)[:, None]  # (B, 1)
+            context = mx.concatenate([context, new], axis=1)[:, -size:]
+            yield new[:, 0]
+
+    def named_weights(self) -> dict[str, mx.array]:
+        """Every parameter by its name, as "h.0.attn.c_attn.weight". The head is wte and not there again."""
+        return dict(tree_flatten(self.parameters()))  # type: ignore[arg-type]
+
+    def n_params(self) -> int:
+        """Number of parameters, the head's counted once."""
+        return sum(p.size for p in self.named_weights().values())

@@ -1,0 +1,155 @@
+"""The seam between devices: each operation of a GPT, once, with its shapes.
+
+On a GPU an operation is MLX's own: lazy, and compiled with the graph around it. Without the C++ extension,
+or with MLXGPT_KERNELS=0, it is that on a CPU too. On a CPU with the extension a model's methods marked `entry`
+run on NumPy arrays, and an operation that is given one is a kernel: see kernels.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import kernels
+
+entry = kernels.entry
+
+Array = TypeVar("Array", mx.array, np.ndarray)
+
+
+def use_device(name: str) -> mx.Device:
+    """Makes "cpu", "gpu" or "auto" (the GPU where MLX has one) the default device, and returns it.
+
+    ValueError where MLX has no GPU.
+    """
+    has_gpu = mx.is_available(mx.gpu)
+    if name == "gpu" and not has_gpu:
+        raise ValueError("device is gpu, but MLX has no GPU here; expected cpu or auto")
+    device = mx.Device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
+    mx.set_default_device(device)
+    return device
+
+
+def linear(
+    x: Array, weight: mx.array, bias: mx.array | None = None, residual: Array | None = None, dropout_p: float = 0.0
+) -> Array:
+    """residual + dropout(x W^T + b). x (..., n_in), weight (n_out, n_in), bias (n_out,) -> (..., n_out)."""
+    if isinstance(x, np.ndarray):
+        return kernels.linear(x, weight, bias, residual, dropout_p)
+    y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    return dropout(y, dropout_p, residual)
+
+
+def embedding(ids: mx.array, weight: mx.array) -> mx.array:
+    """Rows of weight (V, C), one for each of ids (...), int32 in [0, V) -> (..., C)."""
+    return weight[ids]
+
+
+def embeddings(ids: Array, tokens: mx.array, positions: mx.array, start: int) -> Array:
+    """Token and position embeddings summed. ids (B, T), tokens (V, C), positions (T_max, C), of which the T from
+    `start` on are those of ids -> (B, T, C)."""
+    if isinstance(ids, np.ndarray):
+        return kernels.embeddings(ids, tokens, positions, start)
+    at = mx.arange(start, start + ids.shape[1])  # (T,)
+    return embedding(ids, tokens) + embedding(at, positions)  # (B, T, C) + (T, C)
+
+
+def layer_norm(x: Array, weight: mx.array, bias: mx.array | None, eps: float) -> Array:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. x (..., C) -> (..., C).
+
+    Ba et al. 2016, https://arxiv.org/abs/1607.06450; the variance is the biased one.
+    """
+    if isinstance(x, np.ndarray):
+        return kernels.layer_norm(x, weight, bias, eps)
+    return mx.fast.layer_norm(x, weight, bias, eps)
+
+
+def gelu(x: mx.array, exact: bool) -> mx.array:
+    """x Phi(x), Phi the normal distribution's, element by element. x (...) -> (...).
+
+    Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415: exact by erf, else GPT-2's tanh form.
+    """
+    if exact:
+        return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
+def mlp(x: Array, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: Array, dropout_p: float) -> Array:
+    """residual + dropout(c_proj(gelu(c_fc(x)))), of two linear layers. x, residual (..., C) -> (..., C)."""
+    if isinstance(x, np.ndarray):
+        return kernels.mlp(x, c_fc, c_proj, exact, residual, dropout_p)
+    return c_proj(gelu(c_fc(x), exact), residual, dropout_p)  # (..., C) -> (..., 4C) -> (..., C)
+
+
+def dropout(x: Array, p: float, residual: Array | None = None) -> Array:
+    """Zeroes elements of x (...) with probability p, scales the others by 1 / (1 - p), and adds residual (...)."""
+    if isinstance(x, np.ndarray):
+        return kernels.dropout(x, p, residual)
+    if p > 0:
+        x = x * (mx.random.bernoulli(1 - p, x.shape) * (1 / (1 - p))).astype(x.dtype)
+    return x if residual is None else residual + x
+
+
+def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values side by side, (B, T, 3C) -> q, k, v, each (B, n_head, T, head_dim)."""
+    if isinstance(qkv, np.ndarray):
+        return kernels.split_heads(qkv, n_head)
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = (
+        part.reshape(B, T, n_head, C // n_head).swapaxes(1, 2)  # (B, n_head, T, head_dim)
+        for part in mx.split(qkv, 3, axis=-1)  # (B, T, 3C) -> 3 x (B, T, C)
+    )
+    return q, k, v
+
+
+def attention(q: Array, k: Array, v: Array, dropout_p: float = 0.0) -> Array:
+    """Causal attention, softmax(q k^T / sqrt(head_dim)) v, for each head.
+
+    q (B, n_head, T_q, head_dim); k, v (B, n_head, T_k, head_dim), T_q <= T_k -> (B, n_head, T_q, head_dim).
+    The queries are the last T_q positions: query i sees the keys 0 .. i + T_k - T_q.
+    dropout_p drops attention weights. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
+    """
+    if isinstance(q, np.ndarray):
+        return kernels.attention(q, k, v, dropout_p)
+    scale = q.shape[-1] ** -0.5
+    if dropout_p == 0:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    T_q, T_k = q.shape[2], k.shape[2]
+    scores = (q * scale) @ k.swapaxes(-1, -2)  # (B, n_head, T_q, T_k)
+    visible = mx.arange(T_k) <= mx.arange(T_k - T_q, T_k)[:, None]  # (T_q, T_k)
+    weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1, precise=True)
+    return dropout(weights, dropout_p) @ v
+
+
+def merge_heads(y: Array) -> Array:
+    """Heads side by side, (B, n_head, T, head_dim) -> (B, T, C)."""
+    if isinstance(y, np.ndarray):
+        return kernels.merge_heads(y)
+    B, n_head, T, head_dim = y.shape
+    return y.swapaxes(1, 2).reshape(B, T, n_head * head_dim)  # by way of (B, T, n_head, head_dim)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Mean of -log softmax(logits)[target] over the targets that are not -1, in float32.
+
+    logits (..., V), targets (...) int32 in [0, V), or -1 to be ignored -> scalar.
+    """
+    logits = logits.astype(mx.float32)
+    counted = targets >= 0
+    picked = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    losses = mx.where(counted, mx.logsumexp(logits, axis=-1) - picked, 0)  # (...)
+    return losses.sum() / mx.maximum(counted.sum(), 1)
+
+
+def linear_cross_entropy(x: Array, weight: mx.array, targets: Array) -> Array:
+    """cross_entropy(x W^T, targets). x (..., C), weight (V, C), targets (...) -> scalar.
+
+    The kernel makes the logits (..., V) of some rows at a time, and their gradient with them.
+    """
+    if isinstance(x, np.ndarray):
+        return kernels.linear_cross_entropy(x, weight, targets)
+    return cross_entropy(linear(x, weight), targets)

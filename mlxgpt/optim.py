@@ -1,0 +1,76 @@
+"""AdamW as GPTs are trained with it: decay on matrices only, warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers
+import numpy as np
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
+
+from . import kernels
+from .config import TrainConfig
+
+__all__ = ["AdamW", "clip_grad_norm", "learning_rate"]
+
+
+class AdamW(mlx.optimizers.Adam):
+    """Adam with bias correction and decoupled weight decay of the parameters of two or more dimensions:
+    biases and layer norms are not decayed. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config.learning_rate, [config.beta1, config.beta2], bias_correction=True)
+        self.weight_decay = config.weight_decay
+        self._own: list[mx.array] = []  # weights that own_weights made, and their averages
+        self._own_state: dict | None = None
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        if parameter.ndim >= 2:
+            parameter = parameter * (1 - self.learning_rate * self.weight_decay)
+        return super().apply_single(gradient, parameter, state)
+
+    def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
+        """On the CPU's kernels: update(), with gradients clipped first -> their norm before.
+
+        Arrays are in order of the model's parameters, and the weights those of own_weights().
+        """
+        step = int(self.step.item()) + 1
+        self.state["step"] = mx.array(step, mx.uint64)
+        return kernels.adamw(
+            weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
+            beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
+        )  # fmt: skip
+
+    def own_weights(self, model: Any) -> list[mx.array]:
+        """A model's parameters in memory that nobody else holds, to be updated in place, and so the averages.
+
+        They are copied the first time, and when somebody has put other arrays into the model or the state.
+        """
+        weights = list(model.named_weights().values())
+        if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
+            model.update(tree_map(_copy, model.parameters()))
+            self.state = self._own_state = tree_map(_copy, self.state)
+            named = model.named_weights()
+            self._own = weights = list(named.values())
+            state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
+            self._averages = [[state[f"{name}.{average}"] for name in named] for average in "mv"]
+        return weights
+
+
+def _copy(array: mx.array) -> mx.array:
+    return mx.array(np.array(array))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step that follows `step` others: linear warm-up, then a cosine down to min_lr (nanoGPT's get_lr)."""
+    low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    end = config.lr_decay_iters or config.max_iters
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return low + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - low)

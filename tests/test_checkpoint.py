@@ -1,0 +1,222 @@
+"""Model directories: written whole, read strictly, opened by Hugging Face's names and layouts."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import golden
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxgpt import checkpoint, tokenizer
+from mlxgpt.config import GPTConfig
+from mlxgpt.model import GPT
+from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
+
+TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+CHARS = CharTokenizer("abcdefghijk")
+
+
+def random_model(config: GPTConfig = TINY) -> GPT:
+    """With no zeros and ones left, so that a swapped or forgotten tensor shows."""
+    model = GPT(config)
+    for name, p in tree_flatten(model.parameters()):
+        if p.ndim == 1:
+            module = model
+            *path, leaf = name.split(".")
+            for part in path:
+                module = module[int(part)] if part.isdigit() else module[part]
+            module[leaf] = p + mx.random.normal(p.shape)
+    return model
+
+
+def rewrite(directory: Path, change) -> None:
+    weights = mx.load(str(directory / "model.safetensors"))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "pt"})
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    checkpoint.save_model(tmp_path / "model", random_model(), CHARS)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_there_and_back_to_the_bit(tmp_path, bias, activation):
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=bias, activation=activation)
+    model = random_model(config)
+    checkpoint.save_model(tmp_path / "m", model, CHARS)
+    again = checkpoint.load_model(tmp_path / "m")
+    assert again.config == config
+    assert tokenizer.load(tmp_path / "m").encode("cab").tolist() == [2, 0, 1]
+    theirs = dict(tree_flatten(again.parameters()))
+    for name, p in tree_flatten(model.parameters()):
+        assert np.array_equal(np.array(p), np.array(theirs.pop(name))), name
+    assert not theirs
+    assert not [p for p in tmp_path.iterdir() if p.name != "m"]
+
+
+def test_files_are_hugging_faces(saved):
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    config = json.loads((saved / "config.json").read_text())
+    assert config["model_type"] == "gpt2"
+    assert (config["n_positions"], config["activation_function"]) == (8, "gelu_new")
+    weights = mx.load(str(saved / "model.safetensors"))
+    assert weights["h.0.attn.c_attn.weight"].shape == (8, 24)  # Conv1D: (n_in, n_out)
+    assert weights["h.0.mlp.c_fc.weight"].shape == (8, 32)
+    assert "lm_head.weight" not in weights
+
+
+def test_a_directory_made_by_transformers_gives_its_logits():
+    file = golden.load("hf_gpt2.npz")
+    model = checkpoint.load_model(golden.GOLDEN / "hf_gpt2")
+    logits = np.array(model(mx.array(file["ids"].astype(np.int32))))
+    assert np.abs(file["logits"]).max() > 5
+    assert np.abs(logits - file["logits"]).max() < 1e-4
+
+
+def test_models_without_biases_are_written_with_zero_ones(tmp_path):
+    model = random_model(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=False))
+    checkpoint.save_model(tmp_path / "m", model)
+    weights = mx.load(str(tmp_path / "m" / "model.safetensors"))
+    for name, size in {"ln_f.bias": 8, "h.0.attn.c_attn.bias": 24, "h.0.mlp.c_proj.bias": 8}.items():
+        assert weights[name].shape == (size,)
+        assert not mx.any(weights[name]).item()
+    assert "wte.bias" not in weights
+
+
+def test_saving_again_replaces_the_weights(saved):
+    model = random_model()
+    checkpoint.save_model(saved, model, CHARS)
+    assert mx.array_equal(checkpoint.load_model(saved).wte.weight, model.wte.weight).item()
+    other = random_model(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
+    checkpoint.save_model(saved, other, BPETokenizer.gpt2())
+    assert checkpoint.load_model(saved).config == other.config
+    assert tokenizer.load(saved).vocab_size == 50257
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("same_shape", [True, False])
+def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch, same_shape):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def full(path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    model = random_model(TINY if same_shape else GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_model(saved, model, CHARS)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_full_disk_leaves_the_old_model(saved):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # a file that can't grow fails as one on a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model: the model can't be written"):
+            checkpoint.save_model(saved, random_model(), CHARS)
+        with pytest.raises(OSError):
+            checkpoint.save_model(saved.with_name("new"), random_model(), CHARS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+def test_find_model_takes_a_run_or_a_model(saved, tmp_path):
+    assert checkpoint.find_model(saved) == saved
+    (tmp_path / "run").mkdir()
+    shutil.copytree(saved, tmp_path / "run" / "best")
+    assert checkpoint.find_model(tmp_path / "run") == tmp_path / "run" / "best"
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+        checkpoint.find_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        checkpoint.find_model(tmp_path / "nowhere")
+
+
+def test_missing_unknown_and_misshapen_tensors_are_listed(saved):
+    def change(weights):
+        del weights["ln_f.weight"]
+        weights["h.9.ln_1.weight"] = mx.ones((8,))
+        weights["wpe.weight"] = mx.ones((9, 8))
+
+    rewrite(saved, change)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_model(saved)
+    for part in ("missing ln_f.weight", "unknown h.9.ln_1.weight", "wpe.weight is (9, 8), expected (8, 8)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named(saved, value):
+    def change(weights):
+        weights["h.1.mlp.c_fc.weight"][3, 5] = value
+
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight holds a value that is not finite"):
+        checkpoint.load_model(saved)
+
+
+def test_large_finite_values_are_fine(saved):
+    def change(weights):
+        weights["wte.weight"] = mx.full((11, 8), 3e38)  # whose sum is not finite
+
+    rewrite(saved, change)
+    assert checkpoint.load_model(saved).wte.weight.max().item() == pytest.approx(3e38)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
+        (dict(activation_function="relu"), "activation_function is 'relu'"),
+        (dict(n_inner=7), "n_inner is 7, expected 4 n_embd = 32"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (dict(n_head=3), "n_embd is 8, expected a multiple of n_head = 3"),
+        (dict(n_embd=None), "n_embd is None, expected int"),
+        (dict(n_layer="two"), "n_layer is 'two', expected int"),
+        (dict(mlxgpt={"format": 2}), "mlxgpt.format is 2, expected 1"),
+        (dict(mlxgpt=3), "not the configuration of a model"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(saved, change, message):
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(saved)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "gpt2"}', "\x00\x01"])
+def test_a_broken_config_is_named(saved, content):
+    (saved / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        checkpoint.load_config(saved)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])
+def test_weights_cut_short_are_refused(saved, cut):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file, or cut short"):
+        checkpoint.load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        checkpoint.load_model(saved)

@@ -1,0 +1,75 @@
+"""What installing the package gives: one build of MLX, the extension, and a checkout that does not hide it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import metadata, requires, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import mlxgpt
+
+ROOT = Path(__file__).parents[1]
+
+
+def mlx_builds(platform: str, *extras: str) -> set[str]:
+    """The extras of `mlx` that an install of mlxgpt[extras] asks for."""
+    asked = set()
+    for text in requires("mlxgpt") or []:
+        requirement = Requirement(text)
+        environments = [{"platform_system": platform, "extra": extra} for extra in ("", *extras)]
+        if requirement.name == "mlx" and (
+            requirement.marker is None or any(requirement.marker.evaluate(e) for e in environments)
+        ):
+            asked |= requirement.extras
+    return asked
+
+
+@pytest.mark.parametrize("extra", ["cpu", "cuda12", "cuda13"])
+def test_an_extra_asks_for_one_build_of_mlx(extra):
+    assert mlx_builds("Linux", extra, "test", "parity", "dev") == {extra}
+    assert mlx_builds("Darwin", extra) == set()  # on a Mac `mlx` itself brings Metal
+
+
+def test_no_build_is_asked_for_unasked():
+    """The builds install the same files, so a build in the base dependencies would clash with every other."""
+    assert mlx_builds("Linux") == mlx_builds("Darwin") == set()
+
+
+def test_mlx_still_names_its_builds_so():
+    assert {"cpu", "cuda12", "cuda13"} <= set(metadata("mlx").get_all("Provides-Extra"))
+
+
+def test_version_is_the_installed_ones():
+    assert mlxgpt.__version__ == version("mlxgpt")
+
+
+def test_running_from_a_checkout_finds_the_installed_extension(tmp_path):
+    pytest.importorskip("mlxgpt._core")
+    check = "import sys; sys.path.insert(0, ''); import mlxgpt.kernels; print(mlxgpt.kernels._core is not None)"
+    for folder in (ROOT, tmp_path):
+        result = subprocess.run([sys.executable, "-c", check], cwd=folder, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(("value", "used"), [("0", "False"), ("1", "True")])
+def test_kernels_can_be_switched_off(value, used, monkeypatch):
+    pytest.importorskip("mlxgpt._core")
+    monkeypatch.setenv("MLXGPT_KERNELS", value)
+    check = "import mlxgpt.kernels; print(mlxgpt.kernels._core is not None)"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == used
+
+
+def test_without_a_build_of_mlx_there_is_one_line(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    command = [sys.executable, "-m", "mlxgpt.train"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "libmlx.so" in line
+    assert "pip install 'mlxgpt[cpu]'" in line

@@ -1,0 +1,115 @@
+"""Characters and GPT-2's byte pairs: there and back, through files, and against known ids."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxgpt import tokenizer
+from mlxgpt.generate import stream_text
+from mlxgpt.tokenizer import BPETokenizer, CharTokenizer, decode
+
+GPT2 = BPETokenizer.gpt2()
+
+
+def saved(of: tokenizer.Tokenizer, directory) -> tokenizer.Tokenizer:
+    for name, content in of.files().items():
+        (directory / name).write_bytes(content)
+    return tokenizer.load(directory)
+
+
+def test_characters_are_numbered_by_code_point():
+    chars = CharTokenizer.of("hello\n", "wörld")
+    assert chars.characters == sorted("helo\nwörd")
+    assert chars.encode("hello").tolist() == [chars.characters.index(c) for c in "hello"]
+    assert chars.start == 0
+    assert chars.end_of_text is None
+
+
+def test_unknown_character_is_named():
+    with pytest.raises(ValueError, match=r"character 'é' at position 2 is not among the 3 "):
+        CharTokenizer.of("abc").encode("abé")
+
+
+@given(st.text(min_size=1), st.randoms())
+def test_characters_there_and_back(text, random):
+    chars = CharTokenizer.of(text)
+    shuffled = "".join(random.sample(text, len(text)))
+    ids = chars.encode(shuffled)
+    assert ids.dtype == np.int32
+    assert decode(chars, ids.tolist()) == shuffled.encode("utf-8", "replace").decode()
+
+
+def test_character_files_there_and_back(tmp_path):
+    chars = CharTokenizer.of('\n "\\ aéλ😀\u2028')
+    again = saved(chars, tmp_path)
+    assert again.characters == chars.characters
+    assert again.start == chars.start
+
+
+def test_gpt2_ids_are_gpt2s():
+    assert GPT2.encode("Hello, world! Don't   stop\n").tolist() == [
+        15496, 11, 995, 0, 2094, 470, 220, 220, 2245, 198,
+    ]  # fmt: skip
+    assert GPT2.encode("<|endoftext|>").tolist() != [50256]  # in text it is only text
+    assert (GPT2.vocab_size, GPT2.end_of_text, GPT2.start) == (50257, 50256, 50256)
+    assert GPT2.token_bytes(50256) == b"<|endoftext|>"
+
+
+def test_gpt2_needs_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert BPETokenizer.gpt2().encode("offline").tolist() == [2364, 1370]
+
+
+@given(st.text())
+def test_gpt2_there_and_back(text):
+    assert decode(GPT2, GPT2.encode(text).tolist()) == text
+
+
+@given(st.text())
+def test_streamed_text_is_the_text(text):
+    assert "".join(stream_text(GPT2.encode(text).tolist(), GPT2)) == text
+
+
+def test_a_character_is_streamed_when_it_is_whole():
+    tokens = GPT2.encode("😀").tolist()
+    assert len(tokens) > 1
+    pieces = list(stream_text(tokens, GPT2))
+    assert pieces[:-2] == [""] * (len(tokens) - 1)
+    assert pieces[-2] == "😀"
+
+
+def test_gpt2_files_there_and_back(tmp_path):
+    again = saved(GPT2, tmp_path)
+    text = "The quick brown fox — naïve café"
+    assert again.encode(text).tolist() == GPT2.encode(text).tolist()
+    assert again.end_of_text == GPT2.end_of_text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "{"}, "tokenizer.json: not a tokenizer"),
+        ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"ab": 0}}}'}, "'ab' is not one character"),
+        ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"a": 1}}}'}, "not a character tokenizer"),
+        ({"tokenizer.json": "[]"}, "tokenizer.json: not a tokenizer"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version\na b\n"}, "vocab.json: not a tokenizer"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tokenizer.load(tmp_path)
+
+
+def test_a_directory_without_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        tokenizer.load(tmp_path)
