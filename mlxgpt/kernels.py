@@ -61,7 +61,6 @@ def entry(method: Method) -> Method:
             return method(model, *args)
         arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
         if any(a is not None and not isinstance(a, mx.array) for a in args):
-            mx.eval(weights)
             return _run(None, method, model, arrays)
         tape = _Tape(weights, [mx.zeros(w.shape) for w in weights] if model.training else [])
 
@@ -77,6 +76,11 @@ def entry(method: Method) -> Method:
         return forward(*weights)
 
     return call  # type: ignore[return-value]
+
+
+def run(method: Callable[..., Any], *args: mx.array) -> mx.array:
+    """A model's method marked `entry`, run on the kernels without a way back for gradients, nor memory for one."""
+    return _run(None, method.__wrapped__, method.__self__, [np.asarray(a) for a in args])  # type: ignore[attr-defined]
 
 
 def add_gradients(
@@ -188,6 +192,8 @@ _state = _State()
 
 def _run(tape: _Tape | None, method: Callable[..., Any], model: nn.Module, args: list[Any]) -> mx.array:
     _state.tape, _state.seed = tape, None
+    if tape is None:
+        mx.eval(model.parameters())
     try:
         output = method(model, *args)
     finally:

@@ -105,7 +105,8 @@ class Trainer:
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over some batches, without dropout."""
         self.model.eval()
-        return sum(float(self._evaluation(mx.array(x), mx.array(y))) for x, y in batches) / len(batches)
+        loss = functools.partial(kernels.run, self.model.loss) if self._in_place else self._evaluation
+        return sum(float(loss(mx.array(x), mx.array(y))) for x, y in batches) / len(batches)
 
 
 def _compiles(config: TrainConfig) -> bool:
