@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdlib>
@@ -96,6 +97,15 @@ int usable_cores() {
 int usable_cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
 #endif
 
+/// Tells the processor that this is a loop that waits.
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 constexpr int kMostThreads = 1024;
 
 int choose_num_threads() {
@@ -112,8 +122,24 @@ int choose_num_threads() {
 
 using Task = std::function<void(int, int)>;
 
-// Workers sleep on a condition variable between jobs. The caller is worker 0 and starts at once, so a
-// small job is often over before another worker has woken up.
+// Between the kernels of one model lie some tens of microseconds, and to wake a sleeping thread takes as long
+// or longer: so a thread looks for work this long before it sleeps.
+constexpr auto kAwake = std::chrono::microseconds(100);
+
+template <class Condition>
+bool spin_until(const Condition& condition) {
+    const auto end = std::chrono::steady_clock::now() + kAwake;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (condition()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
+
+// Workers sleep on a condition variable when there is no job for a while. The caller is worker 0 and starts
+// at once, so a small job is often over before a sleeping worker has woken up.
 class Pool {
   public:
     explicit Pool(int n_threads) {
@@ -131,9 +157,14 @@ class Pool {
         }
         wake_.notify_all();
         work(task, n_tasks, 0);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            task_ = nullptr;  // a worker that wakes up only now finds nothing to do
+        }
+        const auto finished = [this] { return busy_.load(std::memory_order_acquire) == 0; };
+        if (spin_until(finished)) return;
         std::unique_lock<std::mutex> lock(mutex_);
-        task_ = nullptr;  // a worker that wakes up only now finds nothing to do
-        done_.wait(lock, [this] { return busy_ == 0; });
+        done_.wait(lock, finished);
     }
 
   private:
@@ -145,7 +176,11 @@ class Pool {
     void serve(int worker) {
         std::unique_lock<std::mutex> lock(mutex_);
         for (unsigned long seen = job_;;) {
-            wake_.wait(lock, [&] { return job_ != seen; });
+            const auto there_is_a_job = [&] { return job_.load(std::memory_order_acquire) != seen; };
+            lock.unlock();
+            spin_until(there_is_a_job);
+            lock.lock();
+            wake_.wait(lock, there_is_a_job);
             seen = job_;
             if (task_ == nullptr) continue;
             const Task& task = *task_;
@@ -162,8 +197,8 @@ class Pool {
     std::condition_variable wake_, done_;
     const Task* task_ = nullptr;
     int n_tasks_ = 0;
-    unsigned long job_ = 0;
-    int busy_ = 0;
+    std::atomic<unsigned long> job_{0};
+    std::atomic<int> busy_{0};
     std::atomic<int> next_{0};
 };
 
