@@ -183,8 +183,9 @@ def test_a_run_writes_what_it_says(corpus, tmp_path):
 
 
 def test_the_same_run_gives_the_same_numbers(corpus, tmp_path):
+    flags = ["--data", str(corpus), "--device", "cpu", *TINY_FLAGS]  # a GPU adds gradients of embeddings in any order
     for out_dir in ("a", "b"):
-        assert command("--data", str(corpus), "--out_dir", out_dir, *TINY_FLAGS, cwd=tmp_path).returncode == 0
+        assert command(*flags, "--out_dir", out_dir, cwd=tmp_path).returncode == 0
     repeat = command("--config", "a/settings.toml", "--out_dir", "c", cwd=tmp_path)
     assert repeat.returncode == 0, repeat.stderr
 
