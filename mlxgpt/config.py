@@ -20,6 +20,11 @@ def _require(rule: bool, name: str, value: object, text: str) -> None:
         raise ValueError(f"{name} is {value}, expected {text}")
 
 
+def _require_at_least(least: int, config: object, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) >= least, name, getattr(config, name), f"at least {least}")
+
+
 def _require_seed(seed: int) -> None:
     _require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
 
@@ -48,8 +53,7 @@ class GPTConfig:
     """added to the variance inside layer norm"""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require_at_least(1, self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
         _require(self.activation in ("gelu_new", "gelu"), "activation", repr(self.activation), "'gelu_new' or 'gelu'")
@@ -126,11 +130,9 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
-        at_least_1 = "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval".split()
-        for name in at_least_1:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require_at_least(1, self, "batch_size", "gradient_accumulation_steps", "max_iters")
+        _require_at_least(1, self, "eval_interval", "eval_iters", "log_interval")
+        _require_at_least(0, self, "warmup_iters", "weight_decay", "grad_clip", "sample_tokens")
         _require_seed(self.seed)
         _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a finite number above 0")
         if self.min_lr is not None:
@@ -141,7 +143,7 @@ class TrainConfig:
                 f"0 to learning_rate = {self.learning_rate}",
             )
         if self.lr_decay_iters is not None:
-            _require(self.lr_decay_iters >= 1, "lr_decay_iters", self.lr_decay_iters, "at least 1")
+            _require_at_least(1, self, "lr_decay_iters")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), f"0 <= {name} < 1")
 
@@ -168,10 +170,8 @@ class SampleConfig:
     """auto takes the GPU where MLX has one"""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("temperature", "top_k"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require_at_least(1, self, "num_samples", "max_new_tokens")
+        _require_at_least(0, self, "temperature", "top_k")
         _require_seed(self.seed)
 
 

@@ -180,13 +180,7 @@ class Run:
                 losses.append(self.trainer.step(batches))
                 last = step == config.max_iters or interrupted.asked
                 if step % config.log_interval == 0 or step == 1 or last:
-                    loss = float(mx.stack(losses).mean())
-                    if not math.isfinite(loss):
-                        kept = f" (the model of step {self.best_step} is kept)" if self.best_step else ""
-                        raise ValueError(
-                            f"the loss is {loss} at step {step}: training has diverged; "
-                            f"try a learning_rate below {config.learning_rate}{kept}"
-                        )
+                    loss = self._finite(float(mx.stack(losses).mean()))
                     speed = progress.log(step, loss, lr)
                     self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
                     losses = []
@@ -200,7 +194,7 @@ class Run:
     def _evaluate(self) -> None:
         """The validation loss; after the first step also a sample, the curve, and the model saved as last,
         and as best if it is."""
-        loss, step = self.trainer.evaluate(self.val_batches), self.trainer.steps
+        loss, step = self._finite(self.trainer.evaluate(self.val_batches)), self.trainer.steps
         self.metrics.add(step=step, val_loss=loss)
         best = step > 0 and loss < self.best
         report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
@@ -213,6 +207,16 @@ class Run:
         report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
         if self.config.sample_tokens:
             report.say(self.console, _indented(self.sample()), "dim")
+
+    def _finite(self, loss: float) -> float:
+        """A loss, before anything is written of a model that has one. ValueError for one that is not finite."""
+        if not math.isfinite(loss):
+            kept = f" (the model of step {self.best_step} is kept)" if self.best_step else ""
+            raise ValueError(
+                f"the loss is {loss} at step {self.trainer.steps}: training has diverged; "
+                f"try a learning_rate below {self.config.learning_rate}{kept}"
+            )
+        return loss
 
     def sample(self) -> str:
         """Text from the model as it is, from an empty prompt; the same seed each time."""

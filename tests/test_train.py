@@ -207,6 +207,18 @@ def test_the_best_model_is_kept_when_later_ones_are_worse(corpus, tmp_path, monk
     assert [line["val_loss"] for line in lines if "val_loss" in line] == [3.0, 2.0, 1.0, 2.5]
 
 
+def test_a_model_that_has_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
+    values = iter([3.0, 2.0, float("nan")])
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda self, batches: next(values))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--log_interval", "100"]
+    with pytest.raises(ValueError, match=r"the loss is nan at step 6.* \(the model of step 3 is kept\)"):
+        train.main(flags)
+    best, last = (checkpoint.load_model(tmp_path / "run" / name) for name in ("best", "last"))
+    assert mx.array_equal(best.wte.weight, last.wte.weight).item()
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_out_dir_is_not_overwritten_unasked(corpus, tmp_path):
     flags = ["--data", str(corpus), *TINY_FLAGS]
     for expected in ("runs/cpu", "runs/cpu-2"):
