@@ -128,9 +128,10 @@ def compare(name: str, contenders: list[str], steps: int, in_turn: int, threads:
         peak = max(peak, *(_core.fma_peak() for _ in range(10)))
         for contender, process in processes.items():
             time.sleep(0.05)  # PyTorch's threads spin for a while after their work, and would slow the other down
-            taken = [float(answer(process)) for _ in range(1 + in_turn)]
+            woken = in_turn > 1  # by a step that isn't counted: it wakes threads, and is short
+            taken = [float(answer(process)) for _ in range(woken + in_turn)]
             if turn >= 2:  # the first ones compile, allocate and start threads
-                seconds[contender] += taken[1:]  # at each turn the first one wakes threads and fills caches
+                seconds[contender] += taken[woken:]
     shape, batch = SHAPES[name]
     base = statistics.median(seconds[contenders[0]])
     for contender, process in processes.items():
