@@ -12,8 +12,8 @@ namespace mlxgpt {
 namespace {
 
 // Logits held at once. Every chunk of rows reads all of the weight (and its gradient), so that chunks of
-// few rows wait for memory; the logits of 256 rows of GPT-2's vocabulary are 51 MB.
-constexpr ptrdiff_t kLogits = 14 << 20;
+// few rows wait for memory; the logits of 512 rows of GPT-2's vocabulary are 103 MB.
+constexpr ptrdiff_t kLogits = 26 << 20;
 constexpr int kLeastRows = 64;
 
 int count(const int32_t* targets, int n) {

@@ -119,8 +119,8 @@ def adamw(
 class _Tape:
     """How gradients flow back: one step for each operation that ran, the last one first.
 
-    A gradient belongs to an array by identity (of a _Remade, by that of its source). Each step takes its output's gradient off and puts its inputs'
-    there, so that memory is free as soon as it can be.
+    A gradient belongs to an array by identity (of a _Remade, by that of its source). Each step takes its output's
+    gradient off and puts its inputs' there, so that memory is free as soon as it can be.
     """
 
     def __init__(self, weights: list[mx.array], memory: list[mx.array], scale: float = 1.0) -> None:
