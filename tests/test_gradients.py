@@ -121,7 +121,8 @@ OPERATIONS = {
         *linear_with(residual=RESIDUAL), lambda x, w, b: functional.linear(x, w, b) + torch.tensor(RESIDUAL),
     ),
     "linear and gelu_new": (
-        *linear_with(activation="gelu_new"), lambda x, w, b: functional.gelu(functional.linear(x, w, b), approximate="tanh"),
+        *linear_with(activation="gelu_new"),
+        lambda x, w, b: functional.gelu(functional.linear(x, w, b), approximate="tanh"),
     ),
     "linear and gelu": (*linear_with(activation="gelu"), lambda x, w, b: functional.gelu(functional.linear(x, w, b))),
     "layer norm": (
