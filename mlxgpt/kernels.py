@@ -119,7 +119,7 @@ def adamw(
 class _Tape:
     """How gradients flow back: one step for each operation that ran, the last one first.
 
-    A gradient belongs to an array by identity. Each step takes its output's gradient off and puts its inputs'
+    A gradient belongs to an array by identity (of a _Remade, by that of its source). Each step takes its output's gradient off and puts its inputs'
     there, so that memory is free as soon as it can be.
     """
 
@@ -144,40 +144,66 @@ class _Tape:
         """The sum of a weight's gradients so far, for a kernel to add to. None of None."""
         return None if weight is None else self._of_weights[id(weight)]
 
-    def empty(self, array: np.ndarray) -> np.ndarray:
+    def empty(self, array: np.ndarray | _Source) -> np.ndarray:
         """Memory for a gradient of an array, to be written and put there."""
-        part = self._parts.get(id(array))
+        part = self._parts.get(_identity(array))
         return _empty(array.shape) if part is None else part(self)
 
     def part(self, array: np.ndarray, memory: Callable[[_Tape], np.ndarray]) -> None:
         """Says where the gradient of an array lies that is a part of another: what is put there is there."""
-        self._parts[id(array)] = memory
+        self._parts[_identity(array)] = memory
 
-    def put(self, array: np.ndarray, gradient: np.ndarray) -> None:
+    def put(self, array: np.ndarray | _Source, gradient: np.ndarray) -> None:
         """Adds to the gradient of an array. The memory may be written to later."""
-        if id(array) in self._parts:
+        if _identity(array) in self._parts:
             return
-        if (held := self._activations.get(id(array))) is None:
-            self._activations[id(array)] = gradient
+        if (held := self._activations.get(_identity(array))) is None:
+            self._activations[_identity(array)] = gradient
         else:
             held += gradient
 
-    def has(self, array: np.ndarray) -> bool:
-        return id(array) in self._activations
+    def has(self, array: np.ndarray | _Source) -> bool:
+        return _identity(array) in self._activations
 
-    def take(self, array: np.ndarray) -> np.ndarray:
-        return self._activations.pop(id(array))
+    def take(self, array: np.ndarray | _Source) -> np.ndarray:
+        return self._activations.pop(_identity(array))
 
     def backward(self, cotangent: np.ndarray) -> tuple[mx.array, ...]:
         if self.output is None:
             raise ValueError("a model's gradient was asked for twice; call the model again")
         gradient = _empty(self.output.shape)
         gradient[...] = cotangent
-        self._activations[id(self.output)] = gradient
+        self._activations[_identity(self.output)] = gradient
         self.output = None
         while self.steps:
             self.steps.pop()(self)
         return tuple(self.memory)
+
+
+class _Source:
+    """How to make an array again."""
+
+    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> None:
+        self.shape, self.make = shape, make
+
+
+class _Remade(np.ndarray):
+    """An array that is cheap to make: the backward pass makes it again, and its memory is free until then."""
+
+    source: _Source
+
+
+def _identity(array: np.ndarray | _Source) -> int:
+    return id(getattr(array, "source", array))
+
+
+def _kept(array: np.ndarray) -> Any:
+    """What a step of the backward pass holds of an array, to be _made there."""
+    return getattr(array, "source", array)
+
+
+def _made(kept: Any) -> np.ndarray:
+    return kept.make() if isinstance(kept, _Source) else kept
 
 
 class _State(threading.local):
@@ -281,12 +307,12 @@ def linear(
         return dropout(linear(x, weight, bias, None, 0.0), dropout_p, residual)
     out = _empty((*x.shape[:-1], weight.shape[0]))
     _core.linear_forward(_rows(x), weight, bias, _rows(out), residual=_rows(residual))
+    kept = _kept(x)
 
     def backward(tape: _Tape) -> None:
-        dout = tape.take(out)
-        dx = tape.empty(x)
-        _core.linear_backward(_rows(dout), _rows(x), weight, _rows(dx), tape.of(weight), tape.of(bias), accumulate=True)
-        tape.put(x, dx)
+        dout, dx, rows = tape.take(out), tape.empty(kept), _rows(_made(kept))
+        _core.linear_backward(_rows(dout), rows, weight, _rows(dx), tape.of(weight), tape.of(bias), accumulate=True)
+        tape.put(kept, dx)
         if residual is not None:
             tape.put(residual, dout)
 
@@ -305,15 +331,17 @@ def mlp(
     added = residual if dropout_p == 0 else None
     _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added))
     del activated  # the backward pass makes it again, in passing
+    kept = _kept(x)
 
     def backward(tape: _Tape) -> None:
         dout = tape.take(out)
-        dx, dh, activated = tape.empty(x), _rows(_empty(h.shape)), _rows(_empty(h.shape))
+        dx, dh, activated = tape.empty(kept), _rows(_empty(h.shape)), _rows(_empty(h.shape))
         rows = _rows(dout), _rows(h)
         _core.linear_backward(*rows, proj, dh, None, None, pre=rows[1], activated=activated, activation=activation)
         _core.linear_backward(rows[0], activated, proj, None, tape.of(proj), tape.of(proj_bias), accumulate=True)
-        _core.linear_backward(dh, _rows(x), fc, _rows(dx), tape.of(fc), tape.of(fc_bias), accumulate=True)
-        tape.put(x, dx)
+        rows = dh, _rows(_made(kept))
+        _core.linear_backward(*rows, fc, _rows(dx), tape.of(fc), tape.of(fc_bias), accumulate=True)
+        tape.put(kept, dx)
         if added is not None:
             tape.put(residual, dout)
 
@@ -335,12 +363,19 @@ def embeddings(ids: np.ndarray, tokens: mx.array, positions: mx.array, start: in
 
 
 def layer_norm(x: np.ndarray, weight: mx.array, bias: mx.array | None, eps: float) -> np.ndarray:
-    rows, out = _rows(x), _empty(x.shape)
+    rows = _rows(x)
     mean, rstd = _empty((len(rows),)), _empty((len(rows),))
-    _core.layer_norm_forward(rows, weight, bias, eps, _rows(out), mean, rstd)
+
+    def make() -> np.ndarray:
+        out = _empty(x.shape)
+        _core.layer_norm_forward(rows, weight, bias, eps, _rows(out), mean, rstd)
+        return out
+
+    out = make().view(_Remade)
+    out.source = source = _Source(x.shape, make)
 
     def backward(tape: _Tape) -> None:
-        dout, add = tape.take(out), tape.has(x)  # what came along the residual stream is added to in place
+        dout, add = tape.take(source), tape.has(x)  # what came along the residual stream is added to in place
         dx = tape.take(x) if add else tape.empty(x)
         _core.layer_norm_backward(
             _rows(dout), rows, weight, mean, rstd, _rows(dx), tape.of(weight), tape.of(bias),

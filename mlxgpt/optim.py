@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from . import kernels
 from .config import TrainConfig
@@ -51,8 +51,10 @@ class AdamW(mlx.optimizers.Adam):
         """
         weights = list(model.named_weights().values())
         if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
-            model.update(tree_map(_copy, model.parameters()))
-            self.state = self._own_state = tree_map(_copy, self.state)
+            del weights
+            _own(model)
+            _own(self.state)
+            self._own_state = self.state
             named = model.named_weights()
             self._own = weights = list(named.values())
             state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
@@ -60,8 +62,13 @@ class AdamW(mlx.optimizers.Adam):
         return weights
 
 
-def _copy(array: mx.array) -> mx.array:
-    return mx.array(np.array(array))
+def _own(tree: Any) -> None:
+    """Copies a tree's arrays, one after the other, so that no two trees are ever held."""
+    for key, value in enumerate(tree) if isinstance(tree, list) else list(tree.items()):
+        if isinstance(value, mx.array):
+            tree[key] = mx.array(np.array(value, copy=False))
+        elif isinstance(value, (dict, list)):
+            _own(value)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -77,9 +77,16 @@ def take_turns(functions, seconds):
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 3:
         for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - start)
+            time.sleep(0.03)  # PyTorch's threads spin for 10 ms after their work, and would slow the other down
+            turn = time.perf_counter() + 0.02
+            function()  # wakes this one's threads
+            while True:
+                start = time.perf_counter()
+                function()
+                now = time.perf_counter()
+                own.append(now - start)
+                if now > turn:
+                    break
     return [statistics.median(own) for own in times]
 
 

@@ -2,7 +2,7 @@
 
     python scripts/bench_train.py [--shape small|medium|gpt2] [--steps N] [--compile]
 
-Each contender is a process of its own, float32, on the same threads. They take turns, a step each, so that all
+Each contender is a process of its own, float32, on the same threads. They take turns of some steps, so that all
 see the same state of the machine; printed are medians, the ratio to ours, the share of the multiply-add peak
 (model FLOPs as `python -m mlxgpt.inspect` counts them) and the peak memory of the whole process.
 """
@@ -100,7 +100,7 @@ def flops_per_step(name: str) -> int:
     return 3 * sum(call.matmul_flops() for call in calls)
 
 
-def compare(name: str, contenders: list[str], steps: int, threads: int) -> None:
+def compare(name: str, contenders: list[str], steps: int, in_turn: int, threads: int) -> None:
     from mlxgpt import _core
 
     command = [sys.executable, __file__, "--shape", name, "--threads", str(threads), "--work"]
@@ -124,12 +124,14 @@ def compare(name: str, contenders: list[str], steps: int, threads: int) -> None:
         answer(process, question=False)
     seconds: dict[str, list[float]] = {c: [] for c in contenders}
     peak = 0.0  # taken among the steps, since a shared machine's changes
-    for turn in range(steps + 2):
+    for turn in range(2 + steps // in_turn):
         peak = max(peak, *(_core.fma_peak() for _ in range(10)))
         for contender, process in processes.items():
-            taken = float(answer(process))
+            time.sleep(0.05)  # PyTorch's threads spin for a while after their work, and would slow the other down
+            woken = in_turn > 1  # by a step that isn't counted: it wakes threads, and is short
+            taken = [float(answer(process)) for _ in range(woken + in_turn)]
             if turn >= 2:  # the first ones compile, allocate and start threads
-                seconds[contender].append(taken)
+                seconds[contender] += taken[woken:]
     shape, batch = SHAPES[name]
     base = statistics.median(seconds[contenders[0]])
     for contender, process in processes.items():
@@ -148,7 +150,7 @@ def compare(name: str, contenders: list[str], steps: int, threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, help="only this one (default: all)")
-    parser.add_argument("--steps", type=int, help="counted steps (default: 100, 10 and 4)")
+    parser.add_argument("--steps", type=int, help="counted steps (default: 200, 10 and 4)")
     parser.add_argument("--threads", type=int, help="threads of each (default: physical cores)")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well (its start takes minutes)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -163,9 +165,9 @@ def main() -> None:
         contenders += ["PyTorch", "PyTorch compiled"] if options.compile else ["PyTorch"]
     # In a process of its own: its arrays would count in the peak memory of the processes started from here.
     subprocess.run([sys.executable, Path(__file__).with_name("limits.py")], check=True)
-    for name, steps in zip(SHAPES, (100, 10, 4), strict=True):
+    for name, steps, in_turn in zip(SHAPES, (200, 10, 4), (20, 2, 1), strict=True):
         if options.shape in (None, name):
-            compare(name, contenders, options.steps or steps, options.threads or _core.num_threads())
+            compare(name, contenders, options.steps or steps, in_turn, options.threads or _core.num_threads())
 
 
 if __name__ == "__main__":

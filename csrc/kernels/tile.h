@@ -26,14 +26,22 @@ inline void block_product(Broadcast<order> a, const float* b, ptrdiff_t ldb, flo
     Vec sums[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] = add ? load(c + r * ldc + v * kLanes) : set(0.0F);
-    for (int k = 0; k < n_k; ++k) {
+    const auto step = [&](int k) {
         Vec columns[V];
         for (int v = 0; v < V; ++v) columns[v] = load(b + k * ldb + v * kLanes);
         for (int r = 0; r < R; ++r) {
             const Vec x = set(a.at(r, k));
             for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
         }
+    };
+    int k = 0;
+    for (; k + 4 <= n_k; k += 4) {
+        step(k);
+        step(k + 1);
+        step(k + 2);
+        step(k + 3);
     }
+    for (; k < n_k; ++k) step(k);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sums[r][v]);
 }
