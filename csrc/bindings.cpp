@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <numeric>
 #include <optional>
@@ -21,6 +22,7 @@
 #include "embedding.h"
 #include "layer_norm.h"
 #include "linear.h"
+#include "overlap.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -41,30 +43,23 @@ std::string shape_text(const List& shape) {
     throw std::invalid_argument(where + ": " + what);
 }
 
-void expect_contiguous(const std::string& where, const std::string& name, const py::buffer_info& info) {
-    py::ssize_t stride = info.itemsize;
-    for (size_t axis = info.shape.size(); axis-- > 0; stride *= info.shape[axis])
-        if (info.shape[axis] > 1 && info.strides[axis] != stride) fail(where, name + " is not contiguous");
-}
+constexpr int kMostSize = 1 << 30;  // so that sums of sizes fit an int
 
-/// An array argument and its name, for messages.
-struct Array {
+/// An argument's memory, and its name for messages.
+struct Memory {
     std::string where, name;
     py::buffer_info info;
-    Storage storage = Storage::kFloat32;
 
-    Array(const char* where_, const char* name_, const py::buffer& buffer, Access access)
+    /// types: letters of the buffer protocol, told in words by `expected`.
+    Memory(const char* where_, const std::string& name_, const py::buffer& buffer, Access access,
+           const char* types, const char* expected)
         : where(where_), name(name_), info(buffer.request()) {
-        // The last letter is the type; NumPy puts '=', native order, before it for unaligned arrays. The
-        // buffer protocol has no bfloat16: it comes as its bits in uint16.
-        const std::string letter = info.format.substr(info.format.find_first_not_of("=@"));
-        if (letter == "H")
-            storage = Storage::kBFloat16;
-        else if (letter == "e")
-            storage = Storage::kFloat16;
-        else if (letter != "f")
-            fail(where, name + " has buffer format '" + info.format +
-                            "', expected float32 ('f'), float16 ('e') or bfloat16 bits in uint16 ('H')");
+        if (type() == '\0' || std::strchr(types, type()) == nullptr)
+            fail(where, name + " has buffer format '" + info.format + "', expected " + expected);
+        for (const auto n : info.shape)
+            if (n < 1 || n > kMostSize)
+                fail(where, name + " is " + shape_text(info.shape) + ", expected sizes from 1 to " +
+                                std::to_string(kMostSize));
         if (access == Access::kWrite && info.readonly)
             fail(where, name + " is read-only, expected a writable array");
         const auto multiple = " a multiple of " + std::to_string(info.itemsize) + " bytes";
@@ -75,6 +70,20 @@ struct Array {
                 fail(where,
                      name + " has a stride of " + std::to_string(stride) + " bytes, expected" + multiple);
         if (access == Access::kWrite) check_distinct_elements();
+    }
+
+    /// The letter of the elements' type, 0 for one of several letters. NumPy puts '=', native order, before
+    /// it for unaligned arrays.
+    char type() const {
+        const size_t at = info.format[0] == '=' || info.format[0] == '@' ? 1 : 0;
+        return info.format.size() == at + 1 ? info.format[at] : '\0';
+    }
+
+    void expect_contiguous() const {
+        py::ssize_t stride = info.itemsize;
+        for (size_t axis = info.shape.size(); axis-- > 0; stride *= info.shape[axis])
+            if (info.shape[axis] > 1 && info.strides[axis] != stride)
+                fail(where, name + " is not contiguous");
     }
 
     // Sorted by stride, each axis must step past all that the smaller ones span.
@@ -88,6 +97,19 @@ struct Array {
             if (stride < span) fail(where, name + " has elements that share memory, expected distinct ones");
             span = stride * (n - 1) + span;
         }
+    }
+};
+
+/// An array of floats.
+struct Array : Memory {
+    Storage storage = Storage::kFloat32;
+
+    Array(const char* where_, const std::string& name_, const py::buffer& buffer, Access access)
+        // The buffer protocol has no bfloat16: it comes as its bits in uint16.
+        : Memory(where_, name_, buffer, access, "feH",
+                 "float32 ('f'), float16 ('e') or bfloat16 bits in uint16 ('H')") {
+        if (type() == 'H') storage = Storage::kBFloat16;
+        if (type() == 'e') storage = Storage::kFloat16;
     }
 
     void expect_shape(std::initializer_list<py::ssize_t> shape, const std::string& text) const {
@@ -123,24 +145,34 @@ struct Array {
 
     float* contiguous() const {
         expect_float32();
-        expect_contiguous(where, name, info);
+        expect_contiguous();
         return static_cast<float*>(info.ptr);
     }
 };
 
-void expect_distinct(const Array& a, std::initializer_list<const Array*> others) {
-    for (const Array* b : others)
-        if (a.info.ptr == b->info.ptr) fail(a.where, a.name + " and " + b->name + " share memory");
+/// No output may share memory with another argument. Null pointers are arguments that are None.
+void expect_distinct(std::initializer_list<const Memory*> outputs,
+                     std::initializer_list<const Memory*> inputs) {
+    const auto layout = [](const Memory* m) {
+        return Layout{m->info.ptr, m->info.itemsize, m->info.shape, m->info.strides};
+    };
+    const auto compare = [&](const Memory* a, const Memory* b) {
+        if (a != nullptr && b != nullptr && share_memory(layout(a), layout(b)))
+            fail(a->where,
+                 a->name + " and " + b->name + " share memory, expected " + a->name + " to have its own");
+    };
+    for (auto output = outputs.begin(); output != outputs.end(); ++output) {
+        for (const Memory* input : inputs) compare(*output, input);
+        for (auto other = output + 1; other != outputs.end(); ++other) compare(*output, *other);
+    }
 }
 
 constexpr int kMostHeadDim = 256;
-constexpr int kMostSize = 1 << 30;  // so that sums of sizes fit an int
 
-void check_sizes(const Array& array) {
-    for (const auto n : array.info.shape)
-        if (n < 1 || n > kMostSize)
-            fail(array.where, array.name + " is " + shape_text(array.info.shape) +
-                                  ", expected sizes from 1 to " + std::to_string(kMostSize));
+void check_heads(const Array& array) {
+    if (array.info.shape[0] * array.info.shape[1] > INT32_MAX)
+        fail(array.where,
+             array.name + " is " + shape_text(array.info.shape) + ", expected B * n_head below 2^31");
 }
 
 void set_dropout(AttentionCall& call, const char* where, double dropout, uint64_t seed) {
@@ -156,7 +188,7 @@ AttentionCall attention_call(const char* where, const Array& q, const Array& k, 
                              uint64_t seed) {
     if (q.info.ndim != 4)
         fail(where, "q is " + shape_text(q.info.shape) + ", expected (B, n_head, T_q, head_dim)");
-    check_sizes(q);
+    check_heads(q);
     const auto B = q.info.shape[0], n_head = q.info.shape[1], T_q = q.info.shape[2], D = q.info.shape[3];
     if (D > kMostHeadDim)
         fail(where, "q is " + shape_text(q.info.shape) + ", expected a head_dim of at most " +
@@ -164,15 +196,12 @@ AttentionCall attention_call(const char* where, const Array& q, const Array& k, 
     const py::ssize_t T_k = k.info.ndim == 4 ? k.info.shape[2] : 0;
     k.expect_shape({B, n_head, T_k, D}, "(" + std::to_string(B) + ", " + std::to_string(n_head) + ", T_k, " +
                                             std::to_string(D) + ")");
-    check_sizes(k);
     v.expect_shape({B, n_head, T_k, D});
     if (T_q > T_k)
         fail(where, "q has " + std::to_string(T_q) + " positions and k has " + std::to_string(T_k) +
                         ", expected T_q <= T_k");
     out.expect_shape({B, n_head, T_q, D});
     lse.expect_shape({B, n_head, T_q});
-    if (B * n_head > INT32_MAX)
-        fail(where, "q is " + shape_text(q.info.shape) + ", expected B * n_head below 2^31");
     if (!std::isfinite(scale))
         fail(where, "scale is " + std::to_string(scale) + ", expected a finite number");
 
@@ -203,8 +232,7 @@ void py_attention_forward(const py::buffer& q_, const py::buffer& k_, const py::
         v(where, "v", v_, Access::kRead);
     const Array out(where, "out", out_, Access::kWrite), lse(where, "lse", lse_, Access::kWrite);
     const AttentionCall call = attention_call(where, q, k, v, out, lse, scale, causal, dropout, seed);
-    expect_distinct(out, {&q, &k, &v, &lse});
-    expect_distinct(lse, {&q, &k, &v});
+    expect_distinct({&out, &lse}, {&q, &k, &v});
     const py::gil_scoped_release release;
     attention_forward(call);
 }
@@ -226,9 +254,7 @@ void py_attention_backward(const py::buffer& q_, const py::buffer& k_, const py:
     dk.expect_shape({call.B, call.n_head, call.T_k, call.D});
     dv.expect_shape({call.B, call.n_head, call.T_k, call.D});
     for (const Array* array : {&dout, &dq, &dk, &dv}) array->expect_storage(q);
-    expect_distinct(dq, {&q, &k, &v, &out, &lse, &dout, &dk, &dv});
-    expect_distinct(dk, {&q, &k, &v, &out, &lse, &dout, &dv});
-    expect_distinct(dv, {&q, &k, &v, &out, &lse, &dout});
+    expect_distinct({&dq, &dk, &dv}, {&q, &k, &v, &out, &lse, &dout});
     call.dout = dout.tensor();
     call.dq = dq.tensor();
     call.dk = dk.tensor();
@@ -241,7 +267,7 @@ void py_dropout_mask(const py::buffer& mask_, double dropout, uint64_t seed) {
     const Array mask("dropout_mask", "mask", mask_, Access::kWrite);
     if (mask.info.ndim != 4)
         fail(mask.where, "mask is " + shape_text(mask.info.shape) + ", expected (B, n_head, T_q, T_k)");
-    check_sizes(mask);
+    check_heads(mask);
     AttentionCall call;
     call.B = static_cast<int>(mask.info.shape[0]);
     call.n_head = static_cast<int>(mask.info.shape[1]);
@@ -276,7 +302,7 @@ struct MaybeArray {
     MaybeArray(const char* where, const char* name, const MaybeBuffer& buffer, Access access) {
         if (buffer) array.emplace(where, name, *buffer, access);
     }
-    explicit operator bool() const { return array.has_value(); }
+    operator const Array*() const { return array ? &*array : nullptr; }
     const Array* operator->() const { return &*array; }
 };
 
@@ -305,38 +331,27 @@ float* contiguous(const MaybeArray& a, std::initializer_list<py::ssize_t> shape)
     return a->contiguous();
 }
 
-/// No output may be another argument. Checked by where arrays begin.
-void expect_distinct(std::initializer_list<const MaybeArray*> outputs,
-                     std::initializer_list<const MaybeArray*> inputs) {
-    for (auto output = outputs.begin(); output != outputs.end(); ++output) {
-        if (!**output) continue;
-        for (const MaybeArray* input : inputs)
-            if (*input) expect_distinct(*(*output)->array, {&*input->array});
-        for (auto other = output + 1; other != outputs.end(); ++other)
-            if (**other) expect_distinct(*(*output)->array, {&*(*other)->array});
-    }
-}
-
 void expect_matrix(const Array& a, const char* shape) {
     if (a.info.ndim != 2) fail(a.where, a.name + " is " + shape_text(a.info.shape) + ", expected " + shape);
-    check_sizes(a);
 }
 
-/// int32 ids without gaps, each in [least, limit).
-const int32_t* ids_of(const char* where, const char* name, const py::buffer_info& info, int least,
-                      py::ssize_t limit) {
-    if ((info.format != "i" && info.format != "=i") || info.itemsize != 4)
-        fail(where, std::string(name) + " has buffer format '" + info.format + "', expected int32 ('i')");
-    expect_contiguous(where, name, info);
-    if (reinterpret_cast<uintptr_t>(info.ptr) % alignof(int32_t) != 0)
-        fail(where, std::string(name) + " does not begin on a multiple of 4 bytes");
-    const auto* ids = static_cast<const int32_t*>(info.ptr);
-    for (py::ssize_t i = 0; i < info.size; ++i)
-        if (ids[i] < least || ids[i] >= limit)
-            fail(where, std::string(name) + " holds " + std::to_string(ids[i]) + ", expected " +
-                            (least < 0 ? "-1 or " : "") + "0 <= id < " + std::to_string(limit));
-    return ids;
-}
+/// int32 ids without gaps.
+struct Ids : Memory {
+    Ids(const char* where_, const char* name_, const py::buffer& buffer)
+        : Memory(where_, name_, buffer, Access::kRead, "i", "int32 ('i')") {
+        expect_contiguous();
+    }
+
+    /// The ids, each in [least, limit).
+    const int32_t* within(int least, py::ssize_t limit) const {
+        const auto* ids = static_cast<const int32_t*>(info.ptr);
+        for (py::ssize_t i = 0; i < info.size; ++i)
+            if (ids[i] < least || ids[i] >= limit)
+                fail(where, name + " holds " + std::to_string(ids[i]) + ", expected " +
+                                (least < 0 ? "-1 or " : "") + "0 <= id < " + std::to_string(limit));
+        return ids;
+    }
+};
 
 Gelu gelu_named(const char* where, const std::string& name) {
     if (name == "gelu_new") return Gelu::kTanh;
@@ -354,7 +369,7 @@ void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const Ma
     expect_matrix(*x.array, "(rows, n_in)");
     expect_matrix(*out.array, "(rows, n_out)");
     const auto rows = x->info.shape[0], n_in = x->info.shape[1], n_out = out->info.shape[1];
-    expect_distinct({&out, &activated}, {&x, &weight, &bias, &residual});
+    expect_distinct({out, activated}, {x, weight, bias, residual});
     LinearForward call;
     call.rows = static_cast<int>(rows);
     call.n_in = static_cast<int>(n_in);
@@ -401,7 +416,7 @@ void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py:
     if (pre && !dx) fail(where, "pre is given without dx");
     if (activated && !pre) fail(where, "activated is given without pre");
     if (activated && dweight) fail(where, "activated is given with dweight, expected a call for each");
-    expect_distinct({&dx, &dweight, &dbias, &activated}, {&dout, &x, &weight, &pre});
+    expect_distinct({dx, dweight, dbias, activated}, {dout, x, weight, pre});
     const py::gil_scoped_release release;
     linear_backward(call);
 }
@@ -411,7 +426,7 @@ void py_gelu_forward(const py::buffer& x_, const py::buffer& out_, const std::st
     const MaybeArray x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
     expect_matrix(*x.array, "(rows, n)");
     const auto rows = x->info.shape[0], n = x->info.shape[1];
-    expect_distinct({&out}, {&x});
+    expect_distinct({out}, {x});
     const Rows in = matrix(*x.array), to = matrix(out, rows, n);
     const Gelu gelu = gelu_named(where, activation);
     const py::gil_scoped_release release;
@@ -423,7 +438,7 @@ void py_gelu_backward(const py::buffer& x_, const py::buffer& dx_, const std::st
     const MaybeArray x(where, "x", x_, Access::kRead), dx(where, "dx", dx_, Access::kWrite);
     expect_matrix(*x.array, "(rows, n)");
     const auto rows = x->info.shape[0], n = x->info.shape[1];
-    expect_distinct({&dx}, {&x});
+    expect_distinct({dx}, {x});
     const Rows in = matrix(*x.array), gradient = matrix(dx, rows, n);
     const Gelu gelu = gelu_named(where, activation);
     const py::gil_scoped_release release;
@@ -443,7 +458,7 @@ void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, cons
         fail(where, "eps is " + std::to_string(eps) + ", expected 0 or more");
     const float *in = x->contiguous(), *w = contiguous(weight, {C}), *b = contiguous(bias, {C});
     float *to = contiguous(out, {rows, C}), *m = contiguous(mean, {rows}), *r = contiguous(rstd, {rows});
-    expect_distinct({&out, &mean, &rstd}, {&x, &weight, &bias});
+    expect_distinct({out, mean, rstd}, {x, weight, bias});
     const py::gil_scoped_release release;
     layer_norm_forward(static_cast<int>(rows), static_cast<int>(C), in, w, b, eps, to, m, r);
 }
@@ -472,60 +487,59 @@ void py_layer_norm_backward(const py::buffer& dout_, const py::buffer& x_, const
     call.dbias = contiguous(dbias, {C});
     call.add_to_dx = add_to_dx;
     call.accumulate = accumulate;
-    expect_distinct({&dx, &dweight, &dbias}, {&dout, &x, &weight, &mean, &rstd});
+    expect_distinct({dx, dweight, dbias}, {dout, x, weight, mean, rstd});
     const py::gil_scoped_release release;
     layer_norm_backward(call);
 }
 
-/// The shape (B, T) of ids, (T,) being one sequence.
-std::pair<py::ssize_t, py::ssize_t> batch_of(const char* where, const py::buffer_info& ids) {
-    if (ids.ndim != 2 || ids.size < 1)
-        fail(where, "ids is " + shape_text(ids.shape) + ", expected (B, T) of at least 1");
-    return {ids.shape[0], ids.shape[1]};
+/// The shape of ids.
+std::pair<py::ssize_t, py::ssize_t> batch_of(const Ids& ids) {
+    if (ids.info.ndim != 2) fail(ids.where, "ids is " + shape_text(ids.info.shape) + ", expected (B, T)");
+    return {ids.info.shape[0], ids.info.shape[1]};
 }
 
 void py_embedding_forward(const py::buffer& ids_, const py::buffer& tokens_, const MaybeBuffer& positions_,
                           const py::buffer& out_) {
     const char* where = "embedding";
-    const py::buffer_info info = ids_.request();
+    const Ids ids(where, "ids", ids_);
     const MaybeArray tokens(where, "tokens", tokens_, Access::kRead),
         positions(where, "positions", positions_, Access::kRead), out(where, "out", out_, Access::kWrite);
     expect_matrix(*tokens.array, "(V, C)");
-    const auto [B, T] = batch_of(where, info);
+    const auto [B, T] = batch_of(ids);
     const auto V = tokens->info.shape[0], C = tokens->info.shape[1];
-    const int32_t* ids = ids_of(where, "ids", info, 0, V);
+    const int32_t* rows = ids.within(0, V);
     const float *from = tokens->contiguous(), *at = contiguous(positions, {T, C});
     float* to = contiguous(out, {B, T, C});
-    expect_distinct({&out}, {&tokens, &positions});
+    expect_distinct({out}, {&ids, tokens, positions});
     const py::gil_scoped_release release;
-    embedding_forward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), ids, from, at, to);
+    embedding_forward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), rows, from, at, to);
 }
 
 void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, const MaybeBuffer& dtokens_,
                            const MaybeBuffer& dpositions_) {
     const char* where = "embedding backward";
-    const py::buffer_info info = ids_.request();
+    const Ids ids(where, "ids", ids_);
     const MaybeArray dout(where, "dout", dout_, Access::kRead),
         dtokens(where, "dtokens", dtokens_, Access::kWrite),
         dpositions(where, "dpositions", dpositions_, Access::kWrite);
-    const auto [B, T] = batch_of(where, info);
+    const auto [B, T] = batch_of(ids);
     if (dout->info.ndim != 3) fail(where, "dout is " + shape_text(dout->info.shape) + ", expected (B, T, C)");
-    check_sizes(*dout.array);
     const auto C = dout->info.shape[2];
     const float* from = contiguous(dout, {B, T, C});
     const py::ssize_t V = dtokens && dtokens->info.ndim == 2 ? dtokens->info.shape[0] : INT32_MAX;
     float *tokens = contiguous(dtokens, {V, C}), *positions = contiguous(dpositions, {T, C});
-    const int32_t* ids = ids_of(where, "ids", info, 0, V);
-    expect_distinct({&dtokens, &dpositions}, {&dout});
+    const int32_t* rows = ids.within(0, V);
+    expect_distinct({dtokens, dpositions}, {&ids, dout});
     const py::gil_scoped_release release;
-    embedding_backward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), ids, from, tokens,
+    embedding_backward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), rows, from, tokens,
                        positions);
 }
 
-const int32_t* targets_of(const char* where, const py::buffer_info& info, py::ssize_t N, py::ssize_t V) {
-    if (info.ndim != 1 || info.shape[0] != N)
-        fail(where, "targets is " + shape_text(info.shape) + ", expected (" + std::to_string(N) + ",)");
-    return ids_of(where, "targets", info, -1, V);
+const int32_t* targets_of(const Ids& targets, py::ssize_t N, py::ssize_t V) {
+    if (targets.info.ndim != 1 || targets.info.shape[0] != N)
+        fail(targets.where,
+             "targets is " + shape_text(targets.info.shape) + ", expected (" + std::to_string(N) + ",)");
+    return targets.within(-1, V);
 }
 
 double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, const py::buffer& targets_,
@@ -534,7 +548,7 @@ double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, 
     const char* where = "linear_cross_entropy";
     const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
         dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite);
-    const py::buffer_info targets = targets_.request();
+    const Ids targets(where, "targets", targets_);
     expect_matrix(*x.array, "(N, C)");
     expect_matrix(*weight.array, "(V, C)");
     const auto N = x->info.shape[0], C = x->info.shape[1], V = weight->info.shape[0];
@@ -544,12 +558,14 @@ double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, 
     call.V = static_cast<int>(V);
     call.x = matrix(*x.array);
     call.weight = matrix(weight, V, C);
-    call.targets = targets_of(where, targets, N, V);
+    call.targets = targets_of(targets, N, V);
     call.dx = matrix(dx, N, C);
     call.dweight = matrix(dweight, V, C);
     call.accumulate = accumulate;
     call.scale = static_cast<float>(scale);
-    expect_distinct({&dx, &dweight}, {&x, &weight});
+    if (!std::isfinite(scale))
+        fail(where, "scale is " + std::to_string(scale) + ", expected a finite number");
+    expect_distinct({dx, dweight}, {x, weight, &targets});
     const py::gil_scoped_release release;
     return linear_cross_entropy(call);
 }
@@ -558,14 +574,42 @@ double py_cross_entropy(const py::buffer& logits_, const py::buffer& targets_, c
     const char* where = "cross_entropy";
     const MaybeArray logits(where, "logits", logits_, Access::kRead),
         dlogits(where, "dlogits", dlogits_, Access::kWrite);
-    const py::buffer_info targets = targets_.request();
+    const Ids targets(where, "targets", targets_);
     expect_matrix(*logits.array, "(N, V)");
     const auto N = logits->info.shape[0], V = logits->info.shape[1];
-    const int32_t* ids = targets_of(where, targets, N, V);
+    const int32_t* ids = targets_of(targets, N, V);
     const Rows in = matrix(*logits.array), out = matrix(dlogits, N, V);
-    expect_distinct({&dlogits}, {&logits});
+    expect_distinct({dlogits}, {logits, &targets});
     const py::gil_scoped_release release;
     return cross_entropy(static_cast<int>(N), static_cast<int>(V), in, ids, out);
+}
+
+/// An array without gaps, of many.
+struct Stretch {
+    const float* begin;
+    py::ssize_t size;
+    std::string name;
+    bool written;
+};
+
+/// What is written may share no memory with another. By order in memory: pairs would be too many.
+void expect_distinct(const char* where, std::vector<Stretch> all) {
+    std::sort(all.begin(), all.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+    const Stretch *furthest = nullptr, *furthest_written = nullptr;
+    const auto reaches = [](const Stretch* a, const Stretch& b) {
+        return a != nullptr && a->begin + a->size > b.begin;
+    };
+    for (const Stretch& b : all) {
+        const Stretch* a = b.written ? furthest : furthest_written;
+        if (reaches(a, b))
+            fail(where, a->name + " and " + b.name + " share memory, expected " +
+                            (b.written ? b.name : a->name) + " to have its own");
+        const auto further = [&](const Stretch* than) {
+            return than == nullptr || b.begin + b.size > than->begin + than->size;
+        };
+        if (further(furthest)) furthest = &b;
+        if (b.written && further(furthest_written)) furthest_written = &b;
+    }
 }
 
 double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py::buffer>& gradients,
@@ -581,24 +625,30 @@ double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py:
     for (const double beta : {beta1, beta2})
         if (!(beta >= 0 && beta < 1))
             fail(where, "a beta is " + std::to_string(beta) + ", expected 0 <= beta < 1");
+    for (const auto& [name, value] : std::initializer_list<std::pair<const char*, double>>{
+             {"learning_rate", learning_rate}, {"eps", eps}, {"weight_decay", weight_decay}})
+        if (!(value >= 0) || !std::isfinite(value))
+            fail(where, name + (" is " + std::to_string(value)) + ", expected a finite number, 0 or more");
     if (!(max_norm >= 0)) fail(where, "max_norm is " + std::to_string(max_norm) + ", expected 0 or more");
     std::vector<AdamWTensor> tensors;
+    std::vector<Stretch> stretches;
     for (size_t i = 0; i < n; ++i) {
         const std::string at = "[" + std::to_string(i) + "]";
-        const Array parameter(where, ("parameters" + at).c_str(), parameters[i], Access::kWrite);
-        const Array gradient(where, ("gradients" + at).c_str(), gradients[i], Access::kRead);
-        const Array first(where, ("m" + at).c_str(), m[i], Access::kWrite);
-        const Array second(where, ("v" + at).c_str(), v[i], Access::kWrite);
+        const Array parameter(where, "parameters" + at, parameters[i], Access::kWrite);
+        const Array gradient(where, "gradients" + at, gradients[i], Access::kRead);
+        const Array first(where, "m" + at, m[i], Access::kWrite);
+        const Array second(where, "v" + at, v[i], Access::kWrite);
         for (const Array* other : {&gradient, &first, &second})
             if (other->info.shape != parameter.info.shape)
                 fail(where, other->name + " is " + shape_text(other->info.shape) + ", expected " +
                                 shape_text(parameter.info.shape));
-        expect_distinct(parameter, {&gradient, &first, &second});
-        expect_distinct(first, {&gradient, &second});
-        expect_distinct(second, {&gradient});
         tensors.push_back({parameter.contiguous(), gradient.contiguous(), first.contiguous(),
                            second.contiguous(), static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
+        for (const Array* array : {&parameter, &gradient, &first, &second})
+            stretches.push_back(
+                {static_cast<float*>(array->info.ptr), array->info.size, array->name, array != &gradient});
     }
+    expect_distinct(where, std::move(stretches));
     const py::gil_scoped_release release;
     return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm});
 }
@@ -616,7 +666,7 @@ void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, ui
     const float *from = x->contiguous(), *more = residual ? residual->contiguous() : nullptr;
     float* to = out->contiguous();
     const auto n = static_cast<ptrdiff_t>(x->info.size);
-    expect_distinct({&out}, {&x, &residual});
+    expect_distinct({out}, {x, residual});
     const py::gil_scoped_release release;
     dropout(n, from, more, static_cast<float>(p), seed, to);
 }
@@ -625,6 +675,7 @@ void py_vector_math(const std::string& name, const py::buffer& x_, const py::buf
     const char* where = "_vector_math";
     const Array x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
     out.expect_shape({x.info.size});
+    expect_distinct({&out}, {&x});
     const Kernels& isa = kernels();
     Kernels::Function* const function = name == "exp2_nonpositive" ? isa.exp2_nonpositive
                                         : name == "exp"            ? isa.exp

@@ -20,19 +20,19 @@ int count(const int32_t* targets, int n) {
     return static_cast<int>(std::count_if(targets, targets + n, [](int32_t target) { return target >= 0; }));
 }
 
-// Turns rows of logits into their gradient (with a factor that is not 0), and writes their losses.
-void rows_of_loss(int n, int V, Rows logits, const int32_t* targets, float factor, double* losses) {
+// Writes the losses of rows of logits, and in the place of the logits factor times their gradient if wanted.
+void rows_of_loss(int n, int V, Rows logits, const int32_t* targets, bool gradient, float factor,
+                  double* losses) {
     const OpKernels& isa = *kernels().ops;
     const int n_parts = n_tasks(static_cast<double>(n) * V, kElementsPerTask);
     parallel_for(n_parts, [&](int task, int) {
         const Range part = part_of(n, task, n_parts);
         for (ptrdiff_t row = part.begin; row < part.begin + part.size; ++row) {
             float* own = logits.data + row * logits.stride;
-            losses[row] = 0;
-            if (targets[row] >= 0)
-                losses[row] = isa.cross_entropy(own, V, targets[row], factor);
-            else if (factor != 0.0F)
-                std::fill_n(own, V, 0.0F);
+            const bool counted = targets[row] >= 0;
+            losses[row] = counted ? isa.cross_entropy(own, V, targets[row], factor) : 0.0;
+            // To the kernel a factor of 0 means that no gradient is wanted.
+            if (gradient && (!counted || factor == 0.0F)) std::fill_n(own, V, 0.0F);
         }
     });
 }
@@ -64,7 +64,7 @@ double linear_cross_entropy(const LinearCrossEntropy& call) {
             gemm(static_cast<int>(rows.size), static_cast<int>(columns.size), call.C, rows_of(x, rows.begin),
                  weight, 0.0F, logits.data + rows.begin * call.V + columns.begin, call.V);
         });
-        rows_of_loss(n, call.V, logits, call.targets + first, factor, losses.data() + first);
+        rows_of_loss(n, call.V, logits, call.targets + first, gradient, factor, losses.data() + first);
         if (!gradient) continue;
         const Blocks dx(n, call.C, call.V), dweight(call.V, call.C, n);
         const int n_dx = call.dx.data == nullptr ? 0 : dx.size();
@@ -103,7 +103,7 @@ double cross_entropy(int N, int V, Rows logits, const int32_t* targets, Rows dlo
             for (ptrdiff_t row = 0; row < N; ++row)
                 std::copy_n(logits.data + row * logits.stride, V, dlogits.data + row * dlogits.stride);
     }
-    rows_of_loss(N, V, rows, targets, factor, losses.data());
+    rows_of_loss(N, V, rows, targets, dlogits.data != nullptr, factor, losses.data());
     return mean(losses, counted);
 }
 

@@ -14,21 +14,11 @@
 #include "attention.h"
 #include "dispatch.h"
 #include "parallel.h"
+#include "testing.h"
 
 using namespace mlxgpt;
 
 namespace {
-
-int faults = 0;
-
-template <class... Values>
-void expect(bool good, const char* format, Values... values) {
-    if (good) return;
-    if (++faults > 20) return;
-    std::printf("FAULT: ");
-    std::printf(format, values...);  // NOLINT
-    std::printf("\n");
-}
 
 float from_bits(uint32_t bits) {
     float x;
@@ -397,6 +387,5 @@ int main() {
         check_operations(*isa);
     }
     check_threads();
-    std::printf(faults == 0 ? "passed\n" : "%d faults\n", faults);
-    return faults == 0 ? 0 : 1;
+    return verdict();
 }

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds csrc/ with every compiler that it must build with, and runs csrc/test_kernels.cpp from each build:
 # GCC, Clang with libc++ (as on macOS), 64-bit Arm under emulation (the NEON kernels), the AVX-512 kernels
-# emulated by SIMDe, and the address, undefined-behaviour and thread sanitizers. Run from anywhere; exit
+# emulated by SIMDe, and the address, undefined-behaviour and thread sanitizers. Where the processor is this one,
+# csrc/test_products.cpp too, with a plain CBLAS: Accelerate's calls are the same. Run from anywhere; exit
 # status 1 if one fails.
 #
 #   scripts/check_targets.sh [NAME...]     names: gcc clang arm avx512 asan tsan; all if none is given
@@ -19,9 +20,12 @@ check() {  # check EMULATOR CMAKE-OPTIONS...
     shift
     build=build/check/$name
     mkdir -p "$build"
-    cmake -S . -B "$build" -DMLXGPT_BUILD_TESTS=ON -DMLXGPT_WERROR=ON "$@" >"$build/log" 2>&1 &&
+    cmake -S . -B "$build" -DMLXGPT_BUILD_TESTS=ON -DMLXGPT_WERROR=ON -DMLXGPT_BLAS=cblas "$@" >"$build/log" 2>&1 &&
         cmake --build "$build" -j 2 >>"$build/log" 2>&1 || { cat "$build/log"; return 1; }
-    $emulator "$build/test_kernels" >"$build/log" 2>&1 || { cat "$build/log"; return 1; }
+    for test in "$build"/test_kernels "$build"/test_products; do
+        [ -e "$test" ] || continue  # test_products, where there is no BLAS
+        $emulator "$test" >"$build/log" 2>&1 || { cat "$build/log"; return 1; }
+    done
 }
 
 failed=
@@ -35,7 +39,7 @@ for name in ${@:-gcc clang arm avx512 asan tsan}; do
     arm)
         need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu && need qemu-aarch64 qemu-user &&
             check "qemu-aarch64 -L /usr/aarch64-linux-gnu" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
-                -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+                -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DMLXGPT_BLAS=none
         ;;
     avx512)
         if [ -e /usr/include/simde/x86/avx512.h ]; then

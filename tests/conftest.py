@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
@@ -12,3 +18,14 @@ from mlxgpt import ops
 def device() -> mx.Device:
     mx.random.seed(0)
     return ops.use_device("auto")
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs Python in this directory, with arguments and more environment variables."""
+
+    def run(*arguments: str, text: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        command, env = [sys.executable, *arguments], {**os.environ, **environment}
+        return subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=text, timeout=600)
+
+    return run

@@ -1,0 +1,224 @@
+// Runs what is built on a BLAS, linear layers and cross entropy, without Python: against double precision,
+// and from several threads. test_kernels.cpp has the kernels; scripts/check_targets.sh runs both.
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cross_entropy.h"
+#include "dispatch.h"
+#include "linear.h"
+#include "testing.h"
+
+using namespace mlxgpt;
+
+namespace {
+
+std::mt19937 generator(0);
+
+/// Random numbers, their rows apart: what lies between must stay as it is.
+struct Matrix {
+    static constexpr float kBetween = 1e30F;
+    int rows, columns, stride;
+    std::vector<float> memory;
+
+    Matrix(int rows_, int columns_, int gap = 3)
+        : rows(rows_), columns(columns_), stride(columns_ + gap), memory(rows * stride, kBetween) {
+        std::normal_distribution<float> normal;
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < columns; ++j) memory[i * stride + j] = normal(generator);
+    }
+    double operator()(int i, int j) const { return memory[i * stride + j]; }
+    Rows view() { return {memory.data(), stride}; }
+};
+
+/// Compares a matrix with exact(i, j), to within float's rounding of a sum of `terms`.
+template <class Exact>
+void compare(const char* what, const Matrix& found, int terms, Exact exact) {
+    double worst = 0;
+    bool between = true;
+    for (int i = 0; i < found.rows; ++i) {
+        for (int j = 0; j < found.columns; ++j) {
+            const double off = std::fabs(found(i, j) - exact(i, j));
+            worst = off <= worst ? worst : off;  // NaN becomes the worst, and stays
+        }
+        for (int j = found.columns; j < found.stride; ++j) between &= found(i, j) == Matrix::kBetween;
+    }
+    expect(worst <= 1e-5 * std::sqrt(terms), "%s (%d x %d, sums of %d) is off by %g", what, found.rows,
+           found.columns, terms, worst);
+    expect(between, "%s (%d x %d): wrote between rows", what, found.rows, found.columns);
+}
+
+double gelu(double x, Gelu kind) {
+    if (kind == Gelu::kExact) return 0.5 * x * std::erfc(-x * std::sqrt(0.5));
+    return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+}
+
+double gelu_slope(double x, Gelu kind) { return (gelu(x + 1e-5, kind) - gelu(x - 1e-5, kind)) / 2e-5; }
+
+void check_linear(int rows, int n_in, int n_out, Gelu kind) {
+    Matrix x(rows, n_in), weight(n_out, n_in), bias(1, n_out), residual(rows, n_out), out(rows, n_out),
+        activated(rows, n_out);
+    const auto product = [&](int i, int j) {
+        double sum = bias(0, j);
+        for (int k = 0; k < n_in; ++k) sum += x(i, k) * weight(j, k);
+        return sum;
+    };
+    LinearForward forward;
+    forward.rows = rows;
+    forward.n_in = n_in;
+    forward.n_out = n_out;
+    forward.x = x.view();
+    forward.weight = weight.view();
+    forward.bias = bias.memory.data();
+    forward.out = out.view();
+    forward.gelu = kind;
+    forward.residual = residual.view();
+    linear_forward(forward);
+    compare("x W^T + b + residual", out, n_in, [&](int i, int j) { return product(i, j) + residual(i, j); });
+    forward.residual = {};
+    forward.activated = activated.view();
+    linear_forward(forward);
+    compare("x W^T + b", out, n_in, product);
+    compare("gelu", activated, n_in, [&](int i, int j) { return gelu(product(i, j), kind); });
+
+    Matrix dout(rows, n_out), dx(rows, n_in), dweight(n_out, n_in), dbias(1, n_out), again(rows, n_in);
+    const Matrix dweight_before = dweight, dbias_before = dbias;
+    LinearBackward backward;
+    backward.rows = rows;
+    backward.n_in = n_in;
+    backward.n_out = n_out;
+    backward.dout = dout.view();
+    backward.x = x.view();
+    backward.weight = weight.view();
+    backward.dx = dx.view();
+    backward.dweight = dweight.view();
+    backward.dbias = dbias.memory.data();
+    backward.accumulate = true;
+    backward.gelu = kind;
+    const auto exact_dx = [&](int i, int k) {
+        double sum = 0;
+        for (int j = 0; j < n_out; ++j) sum += dout(i, j) * weight(j, k);
+        return sum;
+    };
+    linear_backward(backward);
+    compare("dx", dx, n_out, exact_dx);
+    compare("dweight", dweight, rows, [&](int j, int k) {
+        double sum = dweight_before(j, k);
+        for (int i = 0; i < rows; ++i) sum += dout(i, j) * x(i, k);
+        return sum;
+    });
+    compare("dbias", dbias, rows, [&](int, int j) {
+        double sum = dbias_before(0, j);
+        for (int i = 0; i < rows; ++i) sum += dout(i, j);
+        return sum;
+    });
+    backward.dweight = {};
+    backward.dbias = nullptr;
+    backward.pre = x.view();
+    backward.activated = again.view();
+    linear_backward(backward);
+    compare("dx through gelu", dx, n_out,
+            [&](int i, int k) { return exact_dx(i, k) * gelu_slope(x(i, k), kind); });
+    compare("gelu again", again, 1, [&](int i, int k) { return gelu(x(i, k), kind); });
+}
+
+void check_cross_entropy(int N, int C, int V) {
+    Matrix x(N, C), weight(V, C), dx(N, C), dweight(V, C);
+    std::vector<int32_t> targets(N);
+    for (int i = 0; i < N; ++i) targets[i] = i % 5 == 3 ? -1 : static_cast<int32_t>(generator() % V);
+    const int counted = static_cast<int>(N - std::count(targets.begin(), targets.end(), -1));
+    const Matrix before = dweight;
+    std::vector<double> exact_dx(N * C), exact_dweight(V * C), p(V);
+    double exact = 0;
+    for (int i = 0; i < N; ++i) {
+        if (targets[i] < 0) continue;
+        double sum = 0;
+        for (int j = 0; j < V; ++j) {
+            p[j] = 0;
+            for (int k = 0; k < C; ++k) p[j] += x(i, k) * weight(j, k);
+            if (j == targets[i]) exact -= p[j] / counted;
+            sum += p[j] = std::exp(p[j]);
+        }
+        exact += std::log(sum) / counted;
+        for (int j = 0; j < V; ++j) {
+            const double slope = 0.5 * (p[j] / sum - (j == targets[i] ? 1 : 0)) / counted;
+            for (int k = 0; k < C; ++k) {
+                exact_dx[i * C + k] += slope * weight(j, k);
+                exact_dweight[j * C + k] += slope * x(i, k);
+            }
+        }
+    }
+    LinearCrossEntropy call;
+    call.N = N;
+    call.C = C;
+    call.V = V;
+    call.x = x.view();
+    call.weight = weight.view();
+    call.targets = targets.data();
+    call.dx = dx.view();
+    call.dweight = dweight.view();
+    call.accumulate = true;
+    call.scale = 0.5F;
+    const double found = linear_cross_entropy(call);
+    expect(std::fabs(found - exact) < 1e-5 * (1 + exact), "cross entropy (%d x %d x %d) is %g, expected %g",
+           N, C, V, found, exact);
+    compare("cross entropy's dx", dx, C, [&](int i, int k) { return exact_dx[i * C + k]; });
+    compare("cross entropy's dweight", dweight, C,
+            [&](int j, int k) { return before(j, k) + exact_dweight[j * C + k]; });
+}
+
+void check_threads() {
+    static constexpr int kRows = 150, kIn = 70, kOut = 200;
+    Matrix x(kRows, kIn), weight(kOut, kIn);
+    const std::vector<int32_t> targets(kRows, 7);
+    const auto compute = [&] {
+        std::vector<float> results(kRows * kOut + kRows * kIn + kOut * kIn);
+        float *out = results.data(), *dx = out + kRows * kOut, *dweight = dx + kRows * kIn;
+        LinearForward forward;
+        forward.rows = kRows;
+        forward.n_in = kIn;
+        forward.n_out = kOut;
+        forward.x = x.view();
+        forward.weight = weight.view();
+        forward.out = {out, kOut};
+        linear_forward(forward);
+        LinearCrossEntropy loss;
+        loss.N = kRows;
+        loss.C = kIn;
+        loss.V = kOut;
+        loss.x = x.view();
+        loss.weight = weight.view();
+        loss.targets = targets.data();
+        loss.dx = {dx, kIn};
+        loss.dweight = {dweight, kIn};
+        linear_cross_entropy(loss);
+        return results;
+    };
+    const std::vector<float> expected = compute();
+    std::vector<std::thread> threads;
+    std::vector<int> same(4);
+    for (int n = 0; n < 4; ++n)
+        threads.emplace_back([&, n] {
+            for (int again = 0; again < 5; ++again) same[n] += compute() == expected;
+        });
+    for (std::thread& thread : threads) thread.join();
+    for (const int n : same) expect(n == 5, "products: %d of 5 runs of a thread gave other bits", 5 - n);
+}
+
+}  // namespace
+
+int main() {
+    std::printf("%s\n", kernels().name);
+    for (const Gelu kind : {Gelu::kTanh, Gelu::kExact}) {
+        check_linear(1, 1, 1, kind);
+        check_linear(7, 33, 5, kind);
+        check_linear(150, 70, 200, kind);  // more than one task
+    }
+    check_cross_entropy(1, 1, 1);
+    check_cross_entropy(70, 33, 50);
+    check_cross_entropy(66, 2, 230'000);  // more than one chunk
+    check_threads();
+    return verdict();
+}
