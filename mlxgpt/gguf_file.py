@@ -46,8 +46,8 @@ def write(path: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenize
     head is not tied. One is in memory at a time. Matrices keep their dtype; norms, biases and the positions are
     float32, as llama.cpp's converter has them. Without biases, zeros are written. name: what the model is called.
 
-    ValueError for missing, unknown and misshapen tensors, all of them listed, for a tokenizer that does not fit
-    the model, and if the package gguf is not installed. OSError when the file can't be written.
+    ValueError that lists missing, unknown and misshapen tensors, or says that the tokenizer does not fit
+    the model or the package gguf is not installed. OSError when the file can't be written.
     """
     try:
         import gguf
@@ -86,20 +86,13 @@ def warnings(config: GPTConfig, tokenizer: Tokenizer | None = None) -> list[str]
     """What llama.cpp will do otherwise than this package, a line each."""
     lines = []
     if config.activation == "gelu":
-        lines.append(
-            "llama.cpp computes GELU's tanh form and this model was trained with the exact one: "
-            "logits will differ a little"
-        )
+        lines.append("llama.cpp computes GELU's tanh form, and this model has the exact one: logits differ a little")
     if isinstance(tokenizer, CharTokenizer):
-        instead = "reads as " + repr(tokenizer.characters[tokenizer.start])
-        if not _is_ascii(tokenizer, config.vocab_size):
-            instead = "leaves out"
-            if tokenizer.vocab_size == config.vocab_size:
-                lines.append(
-                    "llama.cpp wants an end-of-text token and this vocabulary has none: "
-                    f"text generated there ends at {tokenizer.characters[-1]!r}, its last character"
-                )
-        lines.append(f"llama.cpp {instead} a character that the model was not trained on; this package refuses it")
+        characters, is_ascii = tokenizer.characters, _is_ascii(tokenizer, config.vocab_size)
+        if len(characters) == config.vocab_size and not is_ascii:
+            lines.append(f"llama.cpp takes the last character, {characters[-1]!r}, for the end of a text")
+        instead = f"reads {characters[tokenizer.start]!r} for" if is_ascii else "leaves out"
+        lines.append(f"llama.cpp {instead} a character that the model doesn't know; here that is an error")
     return lines
 
 
@@ -148,9 +141,9 @@ def _read(name: str, shape: Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def _add_model(writer: GGUFWriter, config: GPTConfig, dtype: str, name: str) -> None:
-    import gguf
+    from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 
-    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.block_size)
@@ -158,8 +151,8 @@ def _add_model(writer: GGUFWriter, config: GPTConfig, dtype: str, name: str) -> 
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_file_type(gguf.LlamaFileType[_DTYPES[dtype][2]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(LlamaFileType[_DTYPES[dtype][2]])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, size: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 from mlxgpt import gguf_file
 from mlxgpt.config import GPTConfig
 from mlxgpt.model import GPT
-from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt.tokenizer import BPETokenizer, CharTokenizer, decode
 
 gguf = pytest.importorskip("gguf")
 
@@ -40,8 +40,8 @@ def lazy(array: mx.array) -> Tensor:
 
 def random_model(config: GPTConfig, scale: float = 0.2) -> GPT:
     """No weight is 0 or 1, so that none can stand for another."""
-    model = GPT(config)
     mx.random.seed(config.n_layer)
+    model = GPT(config)
     noisy = {n: p + mx.random.normal(p.shape, scale=scale) for n, p in model.named_weights().items()}
     model.load_weights(list(noisy.items()))
     model.eval()
@@ -205,9 +205,9 @@ def test_warnings_say_what_llama_cpp_does_otherwise():
     assert [line for line in gguf_file.warnings(exact) if "tanh" in line] == gguf_file.warnings(exact)
     assert len(gguf_file.warnings(exact)) == 1
     [unknown] = gguf_file.warnings(TINY, ascii_seven)
-    assert r"reads as '\n' a character" in unknown
+    assert r"reads '\n' for a character" in unknown
     end, unknown = gguf_file.warnings(TINY, SEVEN)
-    assert "ends at 'é'" in end and "leaves out a character" in unknown
+    assert "the last character, 'é'," in end and "leaves out a character" in unknown
     assert all("\n" not in line for line in (end, unknown))
     [unknown] = gguf_file.warnings(GPTConfig(block_size=9, vocab_size=8, n_layer=1, n_head=3, n_embd=12), SEVEN)
     assert "leaves out" in unknown
@@ -277,6 +277,20 @@ def test_where_nothing_can_be_written_is_named(tmp_path):
         write(path)
 
 
+@pytest.mark.parametrize("part", [0.01, 0.5, 0.999])  # in the keys, in the tensors, at the end
+def test_a_full_disk_leaves_nothing(tmp_path, part):
+    resource = pytest.importorskip("resource")
+    tensors, limits = weights(TINY), resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = write(tmp_path / "whole.gguf", tensors=tensors).stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * part), limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"m\.gguf: the file can't be written: \w"):
+            write(tmp_path / "m.gguf", tensors=tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["whole.gguf"]
+
+
 def test_a_tensors_own_error_is_not_the_files(tmp_path):
     def gone() -> np.ndarray:
         raise FileNotFoundError(2, "No such file or directory", "source.pt")
@@ -291,3 +305,96 @@ def test_without_the_package_the_line_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"^GGUF needs the package gguf: pip install 'mlxgpt\[gguf\]'$"):
         write(tmp_path / "m.gguf")
+
+
+# Live: what llama.cpp reads, computes and tokenizes
+
+
+def llama(path: Path, **options):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    float32_cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # the default is float16
+    return llama_cpp.Llama(str(path), n_threads=2, verbose=False, flash_attn=False, **float32_cache, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "far", "tolerance"),
+    [
+        # On a CPU llama.cpp looks GELU up in a table of float16 for inputs between -10 and 10. Few are there
+        # when what goes into the MLP is large: all else is held to a tight tolerance.
+        ("float32", 100, 1e-4),
+        ("float32", 1, 1e-2),
+        # What is multiplied with a 16-bit matrix is rounded to 16 bits.
+        ("float16", 1, 2e-2),
+        ("bfloat16", 1, 2e-1),
+    ],
+)
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        (GPTConfig(block_size=33, vocab_size=101, n_layer=3, n_head=5, n_embd=60), True),
+        (GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=1, n_embd=48, bias=False), True),
+        (GPTConfig(block_size=40, vocab_size=70, n_layer=1, n_head=3, n_embd=96, layer_norm_epsilon=1e-2), True),
+        (GPTConfig(block_size=48, vocab_size=90, n_layer=4, n_head=7, n_embd=112), False),
+    ],
+)
+def test_llama_cpp_computes_our_logits(tmp_path, config, tied, dtype, far, tolerance):
+    model = random_model(config)
+    tensors = {n: (w * far if "ln_2" in n else w).astype(MX[dtype]) for n, w in model.named_weights().items()}
+    model.load_weights([(n, w.astype(mx.float32)) for n, w in tensors.items()])
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, config.block_size)
+    if tied:
+        expected = float32(model(mx.array(ids)[None])[0])
+    else:
+        tensors["lm_head.weight"] = mx.random.normal((config.vocab_size, config.n_embd), scale=0.2).astype(MX[dtype])
+        expected = float32(model.hidden(mx.array(ids)[None])[0]) @ float32(tensors["lm_head.weight"]).T
+    assert 1 < np.abs(expected).max() < 30
+    characters = CharTokenizer([chr(32 + i) for i in range(config.vocab_size)])  # beyond ASCII in one case
+    path = write(tmp_path / "m.gguf", config, tensors, characters)
+    llm = llama(path, n_ctx=config.block_size, n_batch=config.block_size, logits_all=True)
+    llm.eval(ids.tolist())
+    found = np.array(llm.scores[: config.block_size])
+    assert np.abs(found - expected).max() < tolerance
+    llm.close()
+
+
+TEXT = "Hello, world!  Don't\n\n\tstop: 'it ' ends . Or ? naïve — 😀 λ<|endoftext|>[PAD65]\r\n"
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("text", [TEXT, TEXT.encode("ascii", "ignore").decode(), "a [", "日本語\nテキスト"])
+def test_llama_cpp_reads_our_characters(tmp_path, text, padding):
+    characters = CharTokenizer.of(text)
+    config = GPTConfig(block_size=8, vocab_size=characters.vocab_size + padding, n_layer=1, n_head=1, n_embd=32)
+    llm = llama(write(tmp_path / "m.gguf", config, tokenizer=characters), vocab_only=True)
+    ids = llm.tokenize(text.encode(), add_bos=True, special=False)
+    assert ids == characters.encode(text).tolist()
+    assert b"".join(llm.detokenize([i]) for i in ids) == text.encode()
+    alone = [llm.tokenize(c.encode(), add_bos=False) for c in characters.characters]
+    assert alone == [[i] for i in range(characters.vocab_size)]
+    # characters it doesn't have, that begin with the same byte as one it has: as the warning says, and it returns
+    start = [characters.start] if text.isascii() and not padding else []
+    assert llm.tokenize("è语".encode(), add_bos=False) == start * 5
+    llm.close()
+
+
+def test_llama_cpp_goes_on_as_we_do(tmp_path):
+    characters = CharTokenizer([chr(32 + i) for i in range(60)])
+    config = GPTConfig(block_size=64, vocab_size=60, n_layer=2, n_head=2, n_embd=64)
+    llm = llama(write(tmp_path / "m.gguf", config, tokenizer=characters), n_ctx=64)
+    found = llm("THE START", max_tokens=40, temperature=0, repeat_penalty=1)["choices"][0]
+    ours = random_model(config).generate(mx.array(characters.encode("THE START"))[None], temperature=0)
+    assert found["text"] == decode(characters, [int(next(ours)[0]) for _ in range(40)])
+    assert found["finish_reason"] == "length"  # no character ends it
+    llm.close()
+
+
+def test_llama_cpp_reads_gpt2s_byte_pairs(tmp_path):
+    config = GPTConfig(block_size=4, vocab_size=50304, n_layer=1, n_head=1, n_embd=32)
+    llm = llama(write(tmp_path / "m.gguf", config, tokenizer=GPT2), vocab_only=True)
+    text = TEXT + Path(__file__).read_text(encoding="utf-8") * 2
+    ids = llm.tokenize(text.encode(), add_bos=True, special=False)
+    assert ids == GPT2.encode(text).tolist()
+    assert b"".join(llm.detokenize([i]) for i in ids) == text.encode()
+    assert llm.tokenize(b"<|endoftext|>", add_bos=False, special=True) == [50256]
+    assert llm.token_bos() == llm.token_eos() == 50256
+    llm.close()
