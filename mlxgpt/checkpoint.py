@@ -1,7 +1,7 @@
 """Model directories: a GPT, its tokenizer and its shape in the files of a Hugging Face GPT-2.
 
 `config.json`, `model.safetensors` and the tokenizer's files, as transformers and mlx_lm open them. Their
-linear weights are (n_in, n_out), Conv1D's layout, ours (n_out, n_in); the tied head is left out.
+linear weights are (n_in, n_out), Conv1D's layout, ours (n_out, n_in); a tied head is left out.
 A directory, and each file replaced in it, appears whole or not at all.
 """
 
@@ -108,7 +108,6 @@ def load_config(directory: Path) -> GPTConfig:
         "model_type": (config.get("model_type"), ["gpt2"]),
         "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
-        "tie_word_embeddings": (config.get("tie_word_embeddings", True), [True]),
         "scale_attn_weights": (config.get("scale_attn_weights", True), [True]),
         "scale_attn_by_inverse_layer_idx": (config.get("scale_attn_by_inverse_layer_idx", False), [False]),
     }
@@ -118,7 +117,8 @@ def load_config(directory: Path) -> GPTConfig:
     values = {ours_: config[theirs] for ours_, theirs in _CONFIG_KEYS.items() if theirs in config}
     if missing := [theirs for ours_, theirs in _CONFIG_KEYS.items() if ours_ not in values]:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
-    model = from_dict(GPTConfig, {**values, "bias": ours.get("bias", True)}, source=str(path))
+    values |= {"bias": ours.get("bias", True), "tied_head": config.get("tie_word_embeddings", True)}
+    model = from_dict(GPTConfig, values, source=str(path))
     if (n_inner := config.get("n_inner")) not in (None, 4 * model.n_embd):
         raise ValueError(f"{path}: n_inner is {n_inner!r}, expected 4 n_embd = {4 * model.n_embd}")
     return model
@@ -140,6 +140,9 @@ def load_model(directory: Path) -> GPT:
         raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     weights = {name: t for name, t in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if config.tied_head and (head := weights.pop("lm_head.weight", None)) is not None:
+        if "wte.weight" not in weights or not mx.array_equal(head, weights["wte.weight"]).item():
+            raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
     model = GPT(config)
     expected = {name: _file_shape(name, p.shape) for name, p in model.named_weights().items()}
     if not config.bias:  # the zeros that other programs want to see
@@ -187,7 +190,7 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
         "attn_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "initializer_range": 0.02,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied_head,
         "bos_token_id": end,
         "eos_token_id": end,
         "dtype": "float32",
@@ -199,12 +202,14 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
 
 def _write_weights(path: Path, model: GPT) -> None:
     """model.safetensors, on the disk when this returns."""
+    # transformers 4 takes a head of its own only beside names with the prefix
+    prefix = "" if model.config.tied_head else "transformer."
     weights = {}
     for name, p in model.named_weights().items():
-        weights[name] = mx.contiguous(p.T) if _is_conv1d(name) else p
+        weights[name if name == "lm_head.weight" else prefix + name] = mx.contiguous(p.T) if _is_conv1d(name) else p
         bias = name.removesuffix("weight") + "bias"
-        if not model.config.bias and name not in ("wte.weight", "wpe.weight"):
-            weights[bias] = mx.zeros(p.shape[:1])
+        if not model.config.bias and name not in ("wte.weight", "wpe.weight", "lm_head.weight"):
+            weights[prefix + bias] = mx.zeros(p.shape[:1])
     mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())

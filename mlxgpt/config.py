@@ -51,6 +51,8 @@ class GPTConfig:
     """gelu_new: GPT-2's tanh form; gelu: the exact form that nanoGPT trains with"""
     layer_norm_epsilon: float = 1e-5
     """added to the variance inside layer norm"""
+    tied_head: bool = True
+    """the head is the token embedding; False gives it a weight of its own"""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")

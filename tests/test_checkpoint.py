@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import golden
@@ -49,9 +50,9 @@ def saved(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
-def test_there_and_back_to_the_bit(tmp_path, bias, activation):
-    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=bias, activation=activation)
+@pytest.mark.parametrize(("activation", "tied_head"), [("gelu", True), ("gelu_new", True), ("gelu", False)])
+def test_there_and_back_to_the_bit(tmp_path, bias, activation, tied_head):
+    config = replace(TINY, bias=bias, activation=activation, tied_head=tied_head)
     model = random_model(config)
     checkpoint.save_model(tmp_path / "m", model, CHARS)
     again = checkpoint.load_model(tmp_path / "m")
@@ -161,6 +162,14 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(saved):
         assert part in str(error.value)
 
 
+def test_a_tied_head_in_the_file_is_dropped_when_it_is_wte(saved):
+    rewrite(saved, lambda weights: weights.update({"lm_head.weight": weights["wte.weight"]}))
+    assert "lm_head.weight" not in checkpoint.load_model(saved).named_weights()
+    rewrite(saved, lambda weights: weights.update({"lm_head.weight": weights["wte.weight"] * 2}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not wte\.weight, but tie_word_embeddings says"):
+        checkpoint.load_model(saved)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_named(saved, value):
     def change(weights):
@@ -185,7 +194,8 @@ def test_large_finite_values_are_fine(saved):
         (dict(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
         (dict(activation_function="relu"), "activation_function is 'relu'"),
         (dict(n_inner=7), "n_inner is 7, expected 4 n_embd = 32"),
-        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (dict(tie_word_embeddings=False), r"missing lm_head\.weight"),
+        (dict(tie_word_embeddings="no"), "tied_head is 'no', expected bool"),
         (dict(n_head=3), "n_embd is 8, expected a multiple of n_head = 3"),
         (dict(n_embd=None), "n_embd is None, expected int"),
         (dict(n_layer="two"), "n_layer is 'two', expected int"),

@@ -40,6 +40,8 @@ def ours(model, config: GPTConfig) -> GPT:
         GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=1, n_embd=48, bias=False),
         GPTConfig(block_size=130, vocab_size=65, n_layer=2, n_head=2, n_embd=128, activation="gelu"),
         GPTConfig(block_size=7, vocab_size=20, n_layer=1, n_head=4, n_embd=12, activation="gelu", bias=False),
+        GPTConfig(block_size=9, vocab_size=31, n_layer=2, n_head=3, n_embd=24, tied_head=False),
+        GPTConfig(block_size=9, vocab_size=24, n_layer=1, n_head=3, n_embd=24, tied_head=False, bias=False),
     ],
 )
 def test_logits_and_transformers_reading_our_directory(config, tmp_path):
@@ -60,6 +62,11 @@ def test_logits_and_transformers_reading_our_directory(config, tmp_path):
     with torch.no_grad():
         theirs = hf.eval()(torch.tensor(ids)).logits.numpy()
     assert np.abs(logits - theirs).max() < 1e-4
+
+    if config.bias:  # and the other way
+        hf.save_pretrained(tmp_path / "hf")
+        again = np.array(checkpoint.load_model(tmp_path / "hf")(mx.array(ids.astype(np.int32))))
+        assert np.array_equal(again, logits)
 
 
 def test_the_default_model_in_transformers(tmp_path):
@@ -89,11 +96,11 @@ def test_transformers_reads_our_tokenizers(tmp_path):
         assert theirs.decode(theirs(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize(("bias", "activation"), [(True, "gelu_new"), (False, "gelu")])
-def test_the_training_curve_for_100_steps(bias, activation):
+@pytest.mark.parametrize("options", [{}, dict(bias=False, activation="gelu"), dict(tied_head=False)])
+def test_the_training_curve_for_100_steps(options):
     config = TrainConfig(
         learning_rate=2e-3, warmup_iters=20, max_iters=100,
-        model=GPTConfig(block_size=32, vocab_size=40, n_layer=2, n_head=2, n_embd=32, bias=bias, activation=activation),
+        model=GPTConfig(block_size=32, vocab_size=40, n_layer=2, n_head=2, n_embd=32, **options),
     )  # fmt: skip
     rng = np.random.default_rng(3)
     tokens = np.cumsum(rng.integers(0, 3, 3000)) % 40  # something to learn: small steps up
