@@ -3,6 +3,12 @@
 `config.json`, `model.safetensors` and the tokenizer's files, as transformers and mlx_lm open them. Their
 linear weights are (n_in, n_out), Conv1D's layout, ours (n_out, n_in); a tied head is left out.
 A directory, and each file replaced in it, appears whole or not at all.
+
+Directories that mlx_lm itself has written are read too. Their names begin with `model.`, and their linear weights
+are (n_out, n_in). In one that is quantized `config.json` holds `"quantization": {"group_size": 64, "bits": 4}`, and
+`model.safetensors` three tensors for each matrix (n_out, n_in) whose rows can be cut into groups, wte and wpe among
+them: NAME.weight, uint32 (n_out, n_in bits / 32), and NAME.scales and NAME.biases, (n_out, n_in / group_size).
+A weight is scale * number + bias. `quantize` and `config_json` make such a directory's content.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
 
     OSError when the disk is full or can't be written.
     """
-    content = {"config.json": _config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
+    content = {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
     try:
         _save(directory, content, model)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
@@ -96,13 +102,19 @@ def load_config(directory: Path) -> GPTConfig:
 
     FileNotFoundError; ValueError for what this package's model can't be.
     """
+    return _read_config(directory)[0]
+
+
+def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
+    """The shape of the model in a directory, and how its weights are quantized, if they are."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    ours = config.get("mlxgpt", {}) if isinstance(config, dict) else None
-    if not isinstance(ours, dict):
+    keys = ("mlxgpt", "quantization")
+    ours, quantization = (config.get(key) or {} for key in keys) if isinstance(config, dict) else (None, None)
+    if not isinstance(ours, dict) or not isinstance(quantization, dict):
         raise ValueError(f"{path}: not the configuration of a model")
     rules: dict[str, tuple[Any, list[Any]]] = {
         "model_type": (config.get("model_type"), ["gpt2"]),
@@ -111,6 +123,12 @@ def load_config(directory: Path) -> GPTConfig:
         "scale_attn_weights": (config.get("scale_attn_weights", True), [True]),
         "scale_attn_by_inverse_layer_idx": (config.get("scale_attn_by_inverse_layer_idx", False), [False]),
     }
+    if quantization:  # what mx.quantize can make
+        rules |= {
+            "quantization.mode": (quantization.get("mode", "affine"), ["affine"]),
+            "quantization.bits": (quantization.get("bits"), [2, 3, 4, 5, 6, 8]),
+            "quantization.group_size": (quantization.get("group_size"), [32, 64, 128]),
+        }
     for name, (value, allowed) in rules.items():
         if value not in allowed:
             raise ValueError(f"{path}: {name} is {value!r}, expected {' or '.join(map(repr, allowed))}")
@@ -121,16 +139,16 @@ def load_config(directory: Path) -> GPTConfig:
     model = from_dict(GPTConfig, values, source=str(path))
     if (n_inner := config.get("n_inner")) not in (None, 4 * model.n_embd):
         raise ValueError(f"{path}: n_inner is {n_inner!r}, expected 4 n_embd = {4 * model.n_embd}")
-    return model
+    return model, quantization
 
 
 def load_model(directory: Path) -> GPT:
-    """The model in a directory, in float32, ready for evaluation.
+    """The model in a directory, in float32 whatever the file holds, ready for evaluation.
 
     FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that
     holds a value that is not finite.
     """
-    config, path = load_config(directory), directory / WEIGHTS
+    (config, quantization), path = _read_config(directory), directory / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"model: {directory} has no {WEIGHTS}")
     try:
@@ -138,13 +156,19 @@ def load_model(directory: Path) -> GPT:
         mx.eval(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    conv1d = not any(name.startswith("model.") for name in weights)  # mlx_lm's names come with our layout
+    weights = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in weights.items()}
+    if quantization:
+        weights = _dequantized(weights, quantization["bits"], quantization["group_size"], path)
     weights = {name: t for name, t in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     if config.tied_head and (head := weights.pop("lm_head.weight", None)) is not None:
         if "wte.weight" not in weights or not mx.array_equal(head, weights["wte.weight"]).item():
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
     model = GPT(config)
-    expected = {name: _file_shape(name, p.shape) for name, p in model.named_weights().items()}
+    expected = {
+        name: tuple(reversed(p.shape)) if conv1d and _is_conv1d(name) else tuple(p.shape)
+        for name, p in model.named_weights().items()
+    }
     if not config.bias:  # the zeros that other programs want to see
         weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
     faults = [f"missing {name}" for name in expected if name not in weights]
@@ -154,13 +178,18 @@ def load_model(directory: Path) -> GPT:
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
+    faults += [
+        f"{name} is {str(t.dtype).rpartition('.')[2]}, expected a floating-point type"
+        for name, t in weights.items()
+        if not mx.issubdtype(t.dtype, mx.floating)
+    ]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
     for name, tensor in weights.items():
         tensor = tensor.astype(mx.float32)
         if not _finite(tensor):
             raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
-        weights[name] = mx.contiguous(tensor.T) if _is_conv1d(name) else tensor
+        weights[name] = mx.contiguous(tensor.T) if conv1d and _is_conv1d(name) else tensor
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     model.eval()
@@ -179,7 +208,48 @@ _CONFIG_KEYS = {  # GPTConfig's fields and GPT2Config's keys
 }
 
 
-def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
+def quantize(weights: dict[str, mx.array], bits: int, group_size: int = 64) -> dict[str, mx.array]:
+    """What a quantized directory's model.safetensors holds for some of a model's weights, of any floating type.
+
+    Names and layouts are ours on the way in, mlx_lm's on the way out. Matrices whose rows are no multiple of
+    group_size, and vectors, stay as they are. ValueError for bits or a group_size that MLX doesn't have.
+    """
+    tensors: dict[str, mx.array] = {}
+    for name, p in weights.items():
+        their_name = name if name.startswith("lm_head.") else f"model.{name}"
+        if p.ndim == 2 and p.shape[1] % group_size == 0:
+            module = their_name.removesuffix(".weight")
+            parts = mx.quantize(p, group_size, bits)
+            tensors |= {f"{module}.{part}": t for part, t in zip(("weight", "scales", "biases"), parts, strict=True)}
+        else:
+            tensors[their_name] = p
+    return tensors
+
+
+def _dequantized(weights: dict[str, mx.array], bits: int, group_size: int, path: Path) -> dict[str, mx.array]:
+    """The weights with those that are quantized in float32 again."""
+    weights = dict(weights)
+    for module in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
+        packed, scales, biases = (weights.pop(f"{module}.{part}", None) for part in ("weight", "scales", "biases"))
+        if packed is None or scales is None or biases is None:
+            raise ValueError(f"{path}: of {module}'s weight, scales and biases one is missing")
+        try:
+            if scales.shape != biases.shape:  # MLX would read past the end
+                raise ValueError(f"scales are {scales.shape}, but biases {biases.shape}")
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            weights[f"{module}.weight"] = mx.dequantize(packed, scales, biases, group_size, bits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {module} can't be dequantized: {error}") from None
+    return weights
+
+
+def config_json(
+    config: GPTConfig,
+    tokenizer: Tokenizer | None = None,
+    dtype: str = "float32",
+    quantization: dict[str, Any] | None = None,
+) -> bytes:
+    """A model directory's config.json. quantization is {"group_size": 64, "bits": 4} or the like."""
     end = tokenizer.end_of_text if tokenizer else None
     values: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
@@ -193,10 +263,12 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
         "tie_word_embeddings": config.tied_head,
         "bos_token_id": end,
         "eos_token_id": end,
-        "dtype": "float32",
+        "dtype": dtype,
         # what GPT2Config can't say: without biases, the zeros in the file are not parameters
         "mlxgpt": {"format": FORMAT, "bias": config.bias},
     }
+    if quantization:  # the second name makes transformers, which can't read it, say so
+        values |= {"quantization": quantization, "quantization_config": quantization}
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
@@ -204,23 +276,29 @@ def _write_weights(path: Path, model: GPT) -> None:
     """model.safetensors, on the disk when this returns."""
     # transformers 4 takes a head of its own only beside names with the prefix
     prefix = "" if model.config.tied_head else "transformer."
-    weights = {}
-    for name, p in model.named_weights().items():
-        weights[name if name == "lm_head.weight" else prefix + name] = mx.contiguous(p.T) if _is_conv1d(name) else p
-        bias = name.removesuffix("weight") + "bias"
-        if not model.config.bias and name not in ("wte.weight", "wpe.weight", "lm_head.weight"):
-            weights[prefix + bias] = mx.zeros(p.shape[:1])
+    weights = {
+        name if name == "lm_head.weight" else prefix + name: mx.contiguous(p.T) if _is_conv1d(name) else p
+        for name, p in with_zero_biases(model.named_weights(), model.config).items()
+    }
     mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
+def with_zero_biases(weights: dict[str, mx.array], config: GPTConfig) -> dict[str, mx.array]:
+    """Some of a model's weights, by our names; of one without biases with the zeros that other programs want to see."""
+    if config.bias:
+        return weights
+    biases = {
+        name.removesuffix("weight") + "bias": mx.zeros(p.shape[:1], p.dtype)
+        for name, p in weights.items()
+        if name not in ("wte.weight", "wpe.weight", "lm_head.weight")
+    }
+    return weights | biases
+
+
 def _is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(reversed(shape)) if _is_conv1d(name) else tuple(shape)
 
 
 def _is_zero_bias(name: str, tensor: mx.array) -> bool:

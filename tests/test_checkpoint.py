@@ -170,6 +170,84 @@ def test_a_tied_head_in_the_file_is_dropped_when_it_is_wte(saved):
         checkpoint.load_model(saved)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_low_precision_is_read_as_float32(saved, dtype):
+    low = {name: p.astype(dtype) for name, p in checkpoint.load_model(saved).named_weights().items()}
+    rewrite(saved, lambda weights: weights.update({name: t.astype(dtype) for name, t in weights.items()}))
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("mlx.core.")}))
+    for name, p in checkpoint.load_model(saved).named_weights().items():
+        assert p.dtype == mx.float32
+        assert mx.array_equal(p, low[name].astype(mx.float32)).item(), name
+
+
+WIDE = replace(TINY, n_embd=96)  # of which only mlp.c_proj's rows, 384 long, are a multiple of 64
+
+
+def save_quantized(directory: Path, model: GPT, bits: int, group_size: int = 64) -> Path:
+    directory.mkdir()
+    quantization = {"group_size": group_size, "bits": bits}
+    (directory / "config.json").write_bytes(checkpoint.config_json(model.config, quantization=quantization))
+    weights = checkpoint.with_zero_biases(model.named_weights(), model.config)
+    mx.save_safetensors(str(directory / "model.safetensors"), checkpoint.quantize(weights, bits, group_size))
+    return directory
+
+
+@pytest.mark.parametrize("options", [{}, dict(bias=False), dict(tied_head=False)])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32)])
+def test_quantized_weights_are_scale_times_number_plus_bias(tmp_path, bits, group_size, options):
+    model = random_model(replace(WIDE, **options))
+    directory = save_quantized(tmp_path / "q", model, bits, group_size)
+    file = {name: np.array(t) for name, t in mx.load(str(directory / "model.safetensors")).items()}
+    ours, original = checkpoint.load_model(directory).named_weights(), model.named_weights()
+    assert ours.keys() == original.keys()
+    packed = []
+    for name, p in ours.items():
+        their_name = name if name == "lm_head.weight" else f"model.{name}"
+        module = their_name.removesuffix(".weight")
+        if f"{module}.scales" not in file:
+            assert np.array_equal(np.array(p), file[their_name]), name
+            continue
+        packed.append(name)
+        words, scales, biases = (file[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
+        numbers = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)  # lowest bits first
+        numbers = numbers.reshape(len(words), -1, group_size)  # (n_out, n_in / group_size, group_size)
+        expected = (scales[..., None] * numbers + biases[..., None]).reshape(p.shape)
+        assert np.abs(np.array(p) - expected).max() < 1e-6, name
+        assert np.abs(np.array(p - original[name])).max() < (0.02 if bits == 4 else 0.002), name
+    matrices = [name for name, p in original.items() if p.ndim == 2]
+    assert packed == (matrices if group_size == 32 else ["h.0.mlp.c_proj.weight", "h.1.mlp.c_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("scales", None, "unknown h.0.mlp.c_proj.biases"),
+        ("biases", None, "of h.0.mlp.c_proj's weight, scales and biases one is missing"),
+        ("biases", mx.zeros((96, 7)), r"h.0.mlp.c_proj can't be dequantized: scales are \(96, 6\), but"),
+        ("weight", mx.zeros((96, 47), mx.uint32), r"h.0.mlp.c_proj can't be dequantized: "),
+        ("weight", mx.zeros((96, 48)), r"h.0.mlp.c_proj can't be dequantized: "),
+        ("scales", mx.full((96, 6), np.inf), "h.0.mlp.c_proj.weight holds a value that is not finite"),
+    ],
+)
+def test_quantized_tensors_that_do_not_fit_are_named(tmp_path, name, tensor, message):
+    def change(weights):
+        weights[f"model.h.0.mlp.c_proj.{name}"] = tensor
+        if tensor is None:
+            del weights[f"model.h.0.mlp.c_proj.{name}"]
+
+    directory = save_quantized(tmp_path / "q", random_model(WIDE), 4)
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(directory)
+
+
+def test_numbers_that_are_no_floats_are_refused(saved):
+    rewrite(saved, lambda weights: weights.update({"wte.weight": mx.zeros((11, 8), mx.int8)}))
+    with pytest.raises(ValueError, match=r"wte\.weight is int8, expected a floating-point type"):
+        checkpoint.load_model(saved)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_named(saved, value):
     def change(weights):
@@ -201,6 +279,10 @@ def test_large_finite_values_are_fine(saved):
         (dict(n_layer="two"), "n_layer is 'two', expected int"),
         (dict(mlxgpt={"format": 2}), "mlxgpt.format is 2, expected 1"),
         (dict(mlxgpt=3), "not the configuration of a model"),
+        (dict(quantization=4), "not the configuration of a model"),
+        (dict(quantization={"bits": 4}), "quantization.group_size is None"),
+        (dict(quantization={"bits": 1, "group_size": 64}), "quantization.bits is 1, expected 2 or 3"),
+        (dict(quantization={"bits": 4, "group_size": 32, "mode": "mxfp4"}), "quantization.mode is 'mxfp4'"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(saved, change, message):

@@ -96,6 +96,33 @@ def test_transformers_reads_our_tokenizers(tmp_path):
         assert theirs.decode(theirs(text)["input_ids"]) == text
 
 
+@pytest.mark.filterwarnings("default")  # of mlx_lm's own
+@pytest.mark.parametrize(("bits", "bias"), [(None, True), (None, False), (8, True), (4, False)])
+def test_mlx_lm_reads_our_directories_and_we_read_mlx_lms(bits, bias, tmp_path):
+    mlx_lm = pytest.importorskip("mlx_lm")
+    config = GPTConfig(block_size=12, vocab_size=20, n_layer=2, n_head=4, n_embd=64, bias=bias)
+    tokenizer = CharTokenizer("abcdefghijklmnopqrst")
+    gpt = ours(torch_model(config, scale=4), config)
+    checkpoint.save_model(tmp_path / "m", gpt, tokenizer)
+    if bits:
+        quantization = {"group_size": 64, "bits": bits}
+        (tmp_path / "m" / "config.json").write_bytes(
+            checkpoint.config_json(config, tokenizer, quantization=quantization)
+        )
+        weights = checkpoint.quantize(checkpoint.with_zero_biases(gpt.named_weights(), config), bits)
+        mx.save_safetensors(str(tmp_path / "m" / "model.safetensors"), weights, {"format": "mlx"})
+    ids = mx.array(np.random.default_rng(1).integers(0, 20, (2, 12)).astype(np.int32))
+    logits = checkpoint.load_model(tmp_path / "m")(ids)
+    model, _, their_config = mlx_lm.load(str(tmp_path / "m"), return_config=True)
+    assert mx.abs(logits).max().item() > 3
+    assert mx.abs(model(ids) - logits).max().item() < 1e-4
+    mlx_lm.utils.save_model(tmp_path / "theirs", model)
+    mlx_lm.utils.save_config(their_config, tmp_path / "theirs" / "config.json")
+    again = checkpoint.load_model(tmp_path / "theirs")
+    assert again.config == config
+    assert mx.array_equal(again(ids), logits).item()
+
+
 @pytest.mark.parametrize("options", [{}, dict(bias=False, activation="gelu"), dict(tied_head=False)])
 def test_the_training_curve_for_100_steps(options):
     config = TrainConfig(
