@@ -9,13 +9,21 @@ are (n_out, n_in). In one that is quantized `config.json` holds `"quantization":
 `model.safetensors` three tensors for each matrix (n_out, n_in) whose rows can be cut into groups, wte and wpe among
 them: NAME.weight, uint32 (n_out, n_in bits / 32), and NAME.scales and NAME.biases, (n_out, n_in / group_size).
 A weight is scale * number + bias. `quantize` and `config_json` make such a directory's content.
+
+Training state lies beside a model in two files. `optimizer.safetensors` holds AdamW's averages of the gradients and of
+their squares, m.NAME and v.NAME for each parameter, float32, by our names and in our layout. `training.json` holds
+"format": 1; "step", the optimizer's steps so far; "learning_rate" (of the last step), "beta1", "beta2", "eps" and
+"weight_decay"; "best_val_loss", or null; and "settings", values of TrainConfig.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +31,46 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .config import GPTConfig, from_dict
+from .config import GPTConfig, TrainConfig, from_dict
 from .model import GPT
+from .optim import AdamW
 from .tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1  # of what the object `mlxgpt` in config.json says
+OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
+TRAINING_FORMAT = 1
 
 
-def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) -> None:
+@dataclass(frozen=True)
+class TrainingState:
+    """What training goes on from, beside the model."""
+
+    optimizer: AdamW
+    step: int
+    best_val_loss: float | None
+    settings: Mapping[str, Any]  # of TrainConfig, by their flat names
+
+
+def save_model(
+    directory: Path, model: GPT, tokenizer: Tokenizer | None = None, training: TrainingState | None = None
+) -> None:
     """Writes a model directory, over one that is there. Until it is complete the old one stays as it was.
 
+    Training state that was there goes; what `training` says takes its place.
     OSError when the disk is full or can't be written.
     """
     content = {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
     try:
-        _save(directory, content, model)
+        _save(directory, content, model, training)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
         reason = error.strerror if isinstance(error, OSError) else error
         raise OSError(f"{directory}: the model can't be written: {reason}") from None
 
 
-def _save(directory: Path, content: dict[str, bytes], model: GPT) -> None:
-    if directory.is_dir() and all(_content(directory / name) == data for name, data in content.items()):
+def _save(directory: Path, content: dict[str, bytes], model: GPT, training: TrainingState | None) -> None:
+    same = directory.is_dir() and all(_content(directory / name) == data for name, data in content.items())
+    if same and not training and not (directory / TRAINING).exists():
         # Only the weights are new: one atomic rename.
         temporary = directory / f".{os.getpid()}.{WEIGHTS}"
         try:
@@ -60,6 +85,8 @@ def _save(directory: Path, content: dict[str, bytes], model: GPT) -> None:
         for name, data in content.items():
             write_file(temporary / name, data)
         _write_weights(temporary / WEIGHTS, model)
+        if training:
+            save_training_state(temporary, model, training)
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             os.rename(directory, old)
@@ -149,13 +176,7 @@ def load_model(directory: Path) -> GPT:
     holds a value that is not finite.
     """
     (config, quantization), path = _read_config(directory), directory / WEIGHTS
-    if not path.exists():
-        raise FileNotFoundError(f"model: {directory} has no {WEIGHTS}")
-    try:
-        weights: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
-        mx.eval(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
+    weights = _read_tensors(path)
     conv1d = not any(name.startswith("model.") for name in weights)  # mlx_lm's names come with our layout
     weights = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in weights.items()}
     if quantization:
@@ -171,29 +192,118 @@ def load_model(directory: Path) -> GPT:
     }
     if not config.bias:  # the zeros that other programs want to see
         weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
-    faults = [f"missing {name}" for name in expected if name not in weights]
-    faults += [f"unknown {name}" for name in weights if name not in expected]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    faults += [
-        f"{name} is {str(t.dtype).rpartition('.')[2]}, expected a floating-point type"
-        for name, t in weights.items()
-        if not mx.issubdtype(t.dtype, mx.floating)
-    ]
-    if faults:
-        raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
-    for name, tensor in weights.items():
-        tensor = tensor.astype(mx.float32)
-        if not _finite(tensor):
-            raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
-        weights[name] = mx.contiguous(tensor.T) if conv1d and _is_conv1d(name) else tensor
+    _check(weights, expected, path)
+    for name in filter(_is_conv1d, weights if conv1d else ()):
+        weights[name] = mx.contiguous(weights[name].T)
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def _read_tensors(path: Path) -> dict[str, mx.array]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        tensors: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+        mx.eval(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
+    return tensors
+
+
+def _check(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:
+    """That a file's tensors are of the expected names and shapes, and finite; each is made float32 in its place."""
+    faults = [f"missing {name}" for name in expected if name not in tensors]
+    faults += [f"unknown {name}" for name in tensors if name not in expected]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults += [
+        f"{name} is {str(t.dtype).rpartition('.')[2]}, expected a floating-point type"
+        for name, t in tensors.items()
+        if not mx.issubdtype(t.dtype, mx.floating)
+    ]
+    if faults:
+        raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.astype(mx.float32)
+        if not _finite(tensors[name]):
+            raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
+
+
+def save_training_state(directory: Path, model: GPT, training: TrainingState) -> None:
+    """Writes the two files of training state into a directory. OSError; RuntimeError from MLX."""
+    optimizer = training.optimizer
+    _write_tensors(directory / OPTIMIZER, optimizer.averages(model))
+    record = training_json(
+        step=training.step, learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0],
+        beta2=optimizer.betas[1], eps=optimizer.eps, weight_decay=optimizer.weight_decay,
+        best_val_loss=training.best_val_loss, settings=training.settings,
+    )  # fmt: skip
+    write_file(directory / TRAINING, record)
+
+
+def training_json(
+    *, step: int, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    best_val_loss: float | None, settings: Mapping[str, Any],
+) -> bytes:  # fmt: skip
+    """The content of training.json. ValueError for a number that is not finite."""
+    values = dict(
+        format=TRAINING_FORMAT, step=step, learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay, best_val_loss=best_val_loss, settings=dict(settings),
+    )  # fmt: skip
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def find_training_state(path: Path) -> Path:
+    """The directory with training state that a path names: itself, or `last` in a training run's directory.
+
+    FileNotFoundError if it is neither.
+    """
+    for directory in (path, path / "last"):
+        if (directory / TRAINING).exists():
+            return directory
+    raise FileNotFoundError(f"resume: {path} holds no training state: it has no {TRAINING}")
+
+
+def load_training_record(directory: Path) -> dict[str, Any]:
+    """What training.json says. FileNotFoundError; ValueError that names what is wrong with it."""
+    path = directory / TRAINING
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"{path}: not a training state")
+    if record.get("format") != TRAINING_FORMAT:
+        raise ValueError(f"{path}: format is {record.get('format')!r}, expected {TRAINING_FORMAT}")
+    for name in ("step", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss"):
+        value, kind = record.get(name), int if name == "step" else (int, float)
+        if value is None and name == "best_val_loss":
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf:
+            expected = "a whole number of steps" if kind is int else "a number of at least 0"
+            raise ValueError(f"{path}: {name} is {value!r}, expected {expected}")
+    from_dict(TrainConfig, record["settings"], source=str(path))
+    return record
+
+
+def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[str, Any]:
+    """Puts the training state of a model into its optimizer, whole or not at all -> what training.json says.
+
+    The averages, the step and eps go into the optimizer; its learning rate, betas and decay are its config's.
+    FileNotFoundError; ValueError that lists missing, unknown and misshapen averages, or names what is wrong.
+    """
+    record, path = load_training_record(directory), directory / OPTIMIZER
+    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
+    averages = _read_tensors(path)
+    _check(averages, expected, path)
+    optimizer.restore(model, record["step"], averages)
+    optimizer.eps = record["eps"]
+    return record
 
 
 _CONFIG_KEYS = {  # GPTConfig's fields and GPT2Config's keys
@@ -280,7 +390,11 @@ def _write_weights(path: Path, model: GPT) -> None:
         name if name == "lm_head.weight" else prefix + name: mx.contiguous(p.T) if _is_conv1d(name) else p
         for name, p in with_zero_biases(model.named_weights(), model.config).items()
     }
-    mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
+    _write_tensors(path, weights)
+
+
+def _write_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+    mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

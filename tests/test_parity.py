@@ -140,3 +140,39 @@ def test_the_training_curve_for_100_steps(options):
     theirs = torch_gpt.train(model, batches, rates, weight_decay=0.1, beta1=0.9, beta2=0.99)
     assert theirs[0] - theirs[-1] > 1
     assert np.abs(np.array(losses) - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, dict(bias=False, activation="gelu", tied_head=False)])
+def test_training_goes_on_where_pytorch_stopped(options, tmp_path):
+    adamw = dict(weight_decay=0.1, beta1=0.9, beta2=0.99)
+    config = TrainConfig(
+        **adamw, learning_rate=2e-3, warmup_iters=5, max_iters=40,
+        model=GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32, **options),
+    )  # fmt: skip
+    ids = np.random.default_rng(4).integers(0, 40, (40, 4, 17)).astype(np.int32)
+    batches = [(a[:, :-1], a[:, 1:]) for a in ids]
+    rates = [train.learning_rate(config, step) for step in range(40)]
+    theirs = torch_model(config.model)
+    optimizer = theirs.adamw(learning_rate=rates[0], **adamw)
+    torch_gpt.train(theirs, batches[:20], rates[:20], optimizer)
+
+    checkpoint.save_model(tmp_path / "m", ours(theirs, config.model))
+    averages = {
+        f"{ours_}.{name}": mx.array(optimizer.state[p][their_name].numpy())
+        for ours_, their_name in {"m": "exp_avg", "v": "exp_avg_sq"}.items()
+        for name, p in theirs.named_parameters()
+    }
+    mx.save_safetensors(str(tmp_path / "m" / checkpoint.OPTIMIZER), averages)
+    record = dict(step=20, learning_rate=rates[19], beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    record = checkpoint.training_json(**record, best_val_loss=None, settings={})
+    (tmp_path / "m" / checkpoint.TRAINING).write_bytes(record)
+
+    trainer = train.Trainer(checkpoint.load_model(tmp_path / "m"), config)
+    trainer.steps = checkpoint.load_training_state(tmp_path / "m", trainer.model, trainer.optimizer)["step"]
+    losses = [trainer.step([batch]).item() for batch in batches[20:]]
+    expected = torch_gpt.train(theirs, batches[20:], rates[20:], optimizer)
+    assert np.abs(np.array(losses) - expected).max() < 1e-5
+    fresh = train.Trainer(checkpoint.load_model(tmp_path / "m"), config)
+    fresh.steps = 20
+    others = [fresh.step([batch]).item() for batch in batches[20:]]
+    assert np.abs(np.array(others) - expected).max() > 1e-3  # the optimizer's state matters

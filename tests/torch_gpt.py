@@ -74,9 +74,12 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2))
 
 
-def train(model: GPT, batches: list[tuple[np.ndarray, np.ndarray]], rates: list[float], **adamw: float) -> list[float]:
+def train(
+    model: GPT, batches: list[tuple[np.ndarray, np.ndarray]], rates: list[float],
+    optimizer: torch.optim.AdamW | None = None, **adamw: float,
+) -> list[float]:  # fmt: skip
     """One AdamW step with clipping at 1 for each batch and learning rate -> the losses before each."""
-    optimizer = model.adamw(learning_rate=rates[0], **adamw)
+    optimizer = optimizer or model.adamw(learning_rate=rates[0], **adamw)
     losses = []
     for (x, y), rate in zip(batches, rates, strict=True):
         for group in optimizer.param_groups:
