@@ -111,17 +111,17 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def find_model(path: Path) -> Path:
-    """The model directory that a path names: itself, or the best model of a training run's directory.
+def find_model(path: Path, setting: str = "model") -> Path:
+    """The model directory that a setting's path names: itself, or the best model of a training run's directory.
 
     FileNotFoundError if it is neither.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"model: there is no directory {path}")
+        raise FileNotFoundError(f"{setting}: there is no directory {path}")
     for directory in (path, path / "best"):
         if (directory / "config.json").exists():
             return directory
-    raise FileNotFoundError(f"model: {path} is not a model directory: it has no config.json")
+    raise FileNotFoundError(f"{setting}: {path} is not a model directory: it has no config.json")
 
 
 def load_config(directory: Path) -> GPTConfig:

@@ -85,6 +85,10 @@ class TrainConfig:
     """where the run is written; unset, runs/PRESET, numbered when that is taken"""
     overwrite: bool = False
     """write into an out_dir that already holds a run"""
+    init_from: str = ""
+    """a model directory, or a run, to start from: its weights, shape and tokenizer"""
+    resume: str = ""
+    """a run, or a model directory with training state, to go on with; its settings hold unless others are given"""
 
     batch_size: int = 12
     """sequences per micro-batch"""
