@@ -61,7 +61,8 @@ class AdamW(mlx.optimizers.Adam):
         return weights
 
     def averages(self, model: Any) -> dict[str, mx.array]:
-        """Of a model's gradients, by the names "m.wte.weight", and then of their squares, "v.wte.weight"."""
+        """Of a model's gradients, by the names "m.wte.weight", and then of their squares, "v.wte.weight"; the arrays
+        themselves, which a step may update in place."""
         state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
         return {f"{average}.{name}": state[f"{name}.{average}"] for average in "mv" for name in model.named_weights()}
 
