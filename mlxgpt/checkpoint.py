@@ -1,15 +1,29 @@
 """Model directories: a GPT, its tokenizer and its shape in the files of a Hugging Face GPT-2.
 
 `config.json`, `model.safetensors` and the tokenizer's files, as transformers and mlx_lm open them. Their
-linear weights are (n_in, n_out), Conv1D's layout, ours (n_out, n_in); the tied head is left out.
+linear weights are (n_in, n_out), Conv1D's layout, ours (n_out, n_in); a tied head is left out.
 A directory, and each file replaced in it, appears whole or not at all.
+
+Directories that mlx_lm itself has written are read too. Their names begin with `model.`, and their linear weights
+are (n_out, n_in). In one that is quantized `config.json` holds `"quantization": {"group_size": 64, "bits": 4}`, and
+`model.safetensors` three tensors for each matrix (n_out, n_in) whose rows can be cut into groups, wte and wpe among
+them: NAME.weight, uint32 (n_out, n_in bits / 32), and NAME.scales and NAME.biases, (n_out, n_in / group_size).
+A weight is scale * number + bias. `quantize` and `config_json` make such a directory's content.
+
+Training state lies beside a model in two files. `optimizer.safetensors` holds AdamW's averages of the gradients and of
+their squares, m.NAME and v.NAME for each parameter, float32, by our names and in our layout. `training.json` holds
+"format": 1; "step", the optimizer's steps so far; "learning_rate" (of the last step), "beta1", "beta2", "eps" and
+"weight_decay"; "best_val_loss", or null; and "settings", values of TrainConfig.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +31,46 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .config import GPTConfig, from_dict
+from .config import GPTConfig, TrainConfig, from_dict
 from .model import GPT
+from .optim import AdamW
 from .tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1  # of what the object `mlxgpt` in config.json says
+OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
+TRAINING_FORMAT = 1
 
 
-def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) -> None:
+@dataclass(frozen=True)
+class TrainingState:
+    """What training goes on from, beside the model."""
+
+    optimizer: AdamW
+    step: int
+    best_val_loss: float | None
+    settings: Mapping[str, Any]  # of TrainConfig, by their flat names
+
+
+def save_model(
+    directory: Path, model: GPT, tokenizer: Tokenizer | None = None, training: TrainingState | None = None
+) -> None:
     """Writes a model directory, over one that is there. Until it is complete the old one stays as it was.
 
+    Training state that was there goes; what `training` says takes its place.
     OSError when the disk is full or can't be written.
     """
-    content = {"config.json": _config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
+    content = {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
     try:
-        _save(directory, content, model)
+        _save(directory, content, model, training)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
         reason = error.strerror if isinstance(error, OSError) else error
         raise OSError(f"{directory}: the model can't be written: {reason}") from None
 
 
-def _save(directory: Path, content: dict[str, bytes], model: GPT) -> None:
-    if directory.is_dir() and all(_content(directory / name) == data for name, data in content.items()):
+def _save(directory: Path, content: dict[str, bytes], model: GPT, training: TrainingState | None) -> None:
+    same = directory.is_dir() and all(_content(directory / name) == data for name, data in content.items())
+    if same and not training and not (directory / TRAINING).exists():
         # Only the weights are new: one atomic rename.
         temporary = directory / f".{os.getpid()}.{WEIGHTS}"
         try:
@@ -54,6 +85,8 @@ def _save(directory: Path, content: dict[str, bytes], model: GPT) -> None:
         for name, data in content.items():
             write_file(temporary / name, data)
         _write_weights(temporary / WEIGHTS, model)
+        if training:
+            save_training_state(temporary, model, training)
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             os.rename(directory, old)
@@ -78,17 +111,17 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def find_model(path: Path) -> Path:
-    """The model directory that a path names: itself, or the best model of a training run's directory.
+def find_model(path: Path, setting: str = "model") -> Path:
+    """The model directory that a setting's path names: itself, or the best model of a training run's directory.
 
     FileNotFoundError if it is neither.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"model: there is no directory {path}")
+        raise FileNotFoundError(f"{setting}: there is no directory {path}")
     for directory in (path, path / "best"):
         if (directory / "config.json").exists():
             return directory
-    raise FileNotFoundError(f"model: {path} is not a model directory: it has no config.json")
+    raise FileNotFoundError(f"{setting}: {path} is not a model directory: it has no config.json")
 
 
 def load_config(directory: Path) -> GPTConfig:
@@ -96,72 +129,181 @@ def load_config(directory: Path) -> GPTConfig:
 
     FileNotFoundError; ValueError for what this package's model can't be.
     """
+    return _read_config(directory)[0]
+
+
+def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
+    """The shape of the model in a directory, and how its weights are quantized, if they are."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    ours = config.get("mlxgpt", {}) if isinstance(config, dict) else None
-    if not isinstance(ours, dict):
+    keys = ("mlxgpt", "quantization")
+    ours, quantization = (config.get(key) or {} for key in keys) if isinstance(config, dict) else (None, None)
+    if not isinstance(ours, dict) or not isinstance(quantization, dict):
         raise ValueError(f"{path}: not the configuration of a model")
     rules: dict[str, tuple[Any, list[Any]]] = {
         "model_type": (config.get("model_type"), ["gpt2"]),
         "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
-        "tie_word_embeddings": (config.get("tie_word_embeddings", True), [True]),
         "scale_attn_weights": (config.get("scale_attn_weights", True), [True]),
         "scale_attn_by_inverse_layer_idx": (config.get("scale_attn_by_inverse_layer_idx", False), [False]),
     }
+    if quantization:  # what mx.quantize can make
+        rules |= {
+            "quantization.mode": (quantization.get("mode", "affine"), ["affine"]),
+            "quantization.bits": (quantization.get("bits"), [2, 3, 4, 5, 6, 8]),
+            "quantization.group_size": (quantization.get("group_size"), [32, 64, 128]),
+        }
     for name, (value, allowed) in rules.items():
         if value not in allowed:
             raise ValueError(f"{path}: {name} is {value!r}, expected {' or '.join(map(repr, allowed))}")
     values = {ours_: config[theirs] for ours_, theirs in _CONFIG_KEYS.items() if theirs in config}
     if missing := [theirs for ours_, theirs in _CONFIG_KEYS.items() if ours_ not in values]:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
-    model = from_dict(GPTConfig, {**values, "bias": ours.get("bias", True)}, source=str(path))
+    values |= {"bias": ours.get("bias", True), "tied_head": config.get("tie_word_embeddings", True)}
+    model = from_dict(GPTConfig, values, source=str(path))
     if (n_inner := config.get("n_inner")) not in (None, 4 * model.n_embd):
         raise ValueError(f"{path}: n_inner is {n_inner!r}, expected 4 n_embd = {4 * model.n_embd}")
-    return model
+    return model, quantization
 
 
 def load_model(directory: Path) -> GPT:
-    """The model in a directory, in float32, ready for evaluation.
+    """The model in a directory, in float32 whatever the file holds, ready for evaluation.
 
     FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that
     holds a value that is not finite.
     """
-    config, path = load_config(directory), directory / WEIGHTS
-    if not path.exists():
-        raise FileNotFoundError(f"model: {directory} has no {WEIGHTS}")
-    try:
-        weights: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
-        mx.eval(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    (config, quantization), path = _read_config(directory), directory / WEIGHTS
+    weights = _read_tensors(path)
+    conv1d = not any(name.startswith("model.") for name in weights)  # mlx_lm's names come with our layout
+    weights = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in weights.items()}
+    if quantization:
+        weights = _dequantized(weights, quantization["bits"], quantization["group_size"], path)
     weights = {name: t for name, t in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if config.tied_head and (head := weights.pop("lm_head.weight", None)) is not None:
+        if "wte.weight" not in weights or not mx.array_equal(head, weights["wte.weight"]).item():
+            raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
     model = GPT(config)
-    expected = {name: _file_shape(name, p.shape) for name, p in model.named_weights().items()}
+    expected = {
+        name: tuple(reversed(p.shape)) if conv1d and _is_conv1d(name) else tuple(p.shape)
+        for name, p in model.named_weights().items()
+    }
     if not config.bias:  # the zeros that other programs want to see
         weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
-    faults = [f"missing {name}" for name in expected if name not in weights]
-    faults += [f"unknown {name}" for name in weights if name not in expected]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if faults:
-        raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
-    for name, tensor in weights.items():
-        tensor = tensor.astype(mx.float32)
-        if not _finite(tensor):
-            raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
-        weights[name] = mx.contiguous(tensor.T) if _is_conv1d(name) else tensor
+    _check(weights, expected, path)
+    for name in filter(_is_conv1d, weights if conv1d else ()):
+        weights[name] = mx.contiguous(weights[name].T)
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def _read_tensors(path: Path) -> dict[str, mx.array]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        tensors: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+        mx.eval(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
+    return tensors
+
+
+def _check(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:
+    """That a file's tensors are of the expected names and shapes, and finite; each is made float32 in its place."""
+    faults = [f"missing {name}" for name in expected if name not in tensors]
+    faults += [f"unknown {name}" for name in tensors if name not in expected]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults += [
+        f"{name} is {str(t.dtype).rpartition('.')[2]}, expected a floating-point type"
+        for name, t in tensors.items()
+        if not mx.issubdtype(t.dtype, mx.floating)
+    ]
+    if faults:
+        raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.astype(mx.float32)
+        if not _finite(tensors[name]):
+            raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
+
+
+def save_training_state(directory: Path, model: GPT, training: TrainingState) -> None:
+    """Writes the two files of training state into a directory. OSError; RuntimeError from MLX."""
+    optimizer = training.optimizer
+    _write_tensors(directory / OPTIMIZER, optimizer.averages(model))
+    record = training_json(
+        step=training.step, learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0],
+        beta2=optimizer.betas[1], eps=optimizer.eps, weight_decay=optimizer.weight_decay,
+        best_val_loss=training.best_val_loss, settings=training.settings,
+    )  # fmt: skip
+    write_file(directory / TRAINING, record)
+
+
+def training_json(
+    *, step: int, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    best_val_loss: float | None, settings: Mapping[str, Any],
+) -> bytes:  # fmt: skip
+    """The content of training.json. ValueError for a number that is not finite."""
+    values = dict(
+        format=TRAINING_FORMAT, step=step, learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay, best_val_loss=best_val_loss, settings=dict(settings),
+    )  # fmt: skip
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def find_training_state(path: Path) -> Path:
+    """The directory with training state that a path names: itself, or `last` in a training run's directory.
+
+    FileNotFoundError if it is neither.
+    """
+    for directory in (path, path / "last"):
+        if (directory / TRAINING).exists():
+            return directory
+    raise FileNotFoundError(f"resume: {path} holds no training state: it has no {TRAINING}")
+
+
+def load_training_record(directory: Path) -> dict[str, Any]:
+    """What training.json says. FileNotFoundError; ValueError that names what is wrong with it."""
+    path = directory / TRAINING
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"{path}: not a training state")
+    if record.get("format") != TRAINING_FORMAT:
+        raise ValueError(f"{path}: format is {record.get('format')!r}, expected {TRAINING_FORMAT}")
+    for name in ("step", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss"):
+        value, kind = record.get(name), int if name == "step" else (int, float)
+        if value is None and name == "best_val_loss":
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf:
+            expected = "a whole number of steps" if kind is int else "a number of at least 0"
+            raise ValueError(f"{path}: {name} is {value!r}, expected {expected}")
+    from_dict(TrainConfig, record["settings"], source=str(path))
+    return record
+
+
+def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[str, Any]:
+    """Puts the training state of a model into its optimizer, whole or not at all -> what training.json says.
+
+    The averages, the step and eps go into the optimizer; its learning rate, betas and decay are its config's.
+    FileNotFoundError; ValueError that lists missing, unknown and misshapen averages, or names what is wrong.
+    """
+    record, path = load_training_record(directory), directory / OPTIMIZER
+    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
+    averages = _read_tensors(path)
+    _check(averages, expected, path)
+    optimizer.restore(model, record["step"], averages)
+    optimizer.eps = record["eps"]
+    return record
 
 
 _CONFIG_KEYS = {  # GPTConfig's fields and GPT2Config's keys
@@ -176,7 +318,48 @@ _CONFIG_KEYS = {  # GPTConfig's fields and GPT2Config's keys
 }
 
 
-def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
+def quantize(weights: dict[str, mx.array], bits: int, group_size: int = 64) -> dict[str, mx.array]:
+    """What a quantized directory's model.safetensors holds for some of a model's weights, of any floating type.
+
+    Names and layouts are ours on the way in, mlx_lm's on the way out. Matrices whose rows are no multiple of
+    group_size, and vectors, stay as they are. ValueError for bits or a group_size that MLX doesn't have.
+    """
+    tensors: dict[str, mx.array] = {}
+    for name, p in weights.items():
+        their_name = name if name.startswith("lm_head.") else f"model.{name}"
+        if p.ndim == 2 and p.shape[1] % group_size == 0:
+            module = their_name.removesuffix(".weight")
+            parts = mx.quantize(p, group_size, bits)
+            tensors |= {f"{module}.{part}": t for part, t in zip(("weight", "scales", "biases"), parts, strict=True)}
+        else:
+            tensors[their_name] = p
+    return tensors
+
+
+def _dequantized(weights: dict[str, mx.array], bits: int, group_size: int, path: Path) -> dict[str, mx.array]:
+    """The weights with those that are quantized in float32 again."""
+    weights = dict(weights)
+    for module in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
+        packed, scales, biases = (weights.pop(f"{module}.{part}", None) for part in ("weight", "scales", "biases"))
+        if packed is None or scales is None or biases is None:
+            raise ValueError(f"{path}: of {module}'s weight, scales and biases one is missing")
+        try:
+            if scales.shape != biases.shape:  # MLX would read past the end
+                raise ValueError(f"scales are {scales.shape}, but biases {biases.shape}")
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            weights[f"{module}.weight"] = mx.dequantize(packed, scales, biases, group_size, bits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {module} can't be dequantized: {error}") from None
+    return weights
+
+
+def config_json(
+    config: GPTConfig,
+    tokenizer: Tokenizer | None = None,
+    dtype: str = "float32",
+    quantization: dict[str, Any] | None = None,
+) -> bytes:
+    """A model directory's config.json. quantization is {"group_size": 64, "bits": 4} or the like."""
     end = tokenizer.end_of_text if tokenizer else None
     values: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
@@ -187,35 +370,49 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer | None) -> bytes:
         "attn_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "initializer_range": 0.02,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied_head,
         "bos_token_id": end,
         "eos_token_id": end,
-        "dtype": "float32",
+        "dtype": dtype,
         # what GPT2Config can't say: without biases, the zeros in the file are not parameters
         "mlxgpt": {"format": FORMAT, "bias": config.bias},
     }
+    if quantization:  # the second name makes transformers, which can't read it, say so
+        values |= {"quantization": quantization, "quantization_config": quantization}
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _write_weights(path: Path, model: GPT) -> None:
     """model.safetensors, on the disk when this returns."""
-    weights = {}
-    for name, p in model.named_weights().items():
-        weights[name] = mx.contiguous(p.T) if _is_conv1d(name) else p
-        bias = name.removesuffix("weight") + "bias"
-        if not model.config.bias and name not in ("wte.weight", "wpe.weight"):
-            weights[bias] = mx.zeros(p.shape[:1])
-    mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
+    # transformers 4 takes a head of its own only beside names with the prefix
+    prefix = "" if model.config.tied_head else "transformer."
+    weights = {
+        name if name == "lm_head.weight" else prefix + name: mx.contiguous(p.T) if _is_conv1d(name) else p
+        for name, p in with_zero_biases(model.named_weights(), model.config).items()
+    }
+    _write_tensors(path, weights)
+
+
+def _write_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
+    mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
+def with_zero_biases(weights: dict[str, mx.array], config: GPTConfig) -> dict[str, mx.array]:
+    """Some of a model's weights, by our names; of one without biases with the zeros that other programs want to see."""
+    if config.bias:
+        return weights
+    biases = {
+        name.removesuffix("weight") + "bias": mx.zeros(p.shape[:1], p.dtype)
+        for name, p in weights.items()
+        if name not in ("wte.weight", "wpe.weight", "lm_head.weight")
+    }
+    return weights | biases
+
+
 def _is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(reversed(shape)) if _is_conv1d(name) else tuple(shape)
 
 
 def _is_zero_bias(name: str, tensor: mx.array) -> bool:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,12 +53,19 @@ def given(cls: type, args: Sequence[str]) -> dict[str, str]:
     return {name[2:].removeprefix("no_"): "".join(value) for name, *value in pairs}
 
 
-def with_defaults(cls: type[Config], args: Sequence[str], fallback_preset: str) -> tuple[Config, set[str]]:
-    """What the flags are laid over: a preset (--preset), then a TOML file (--config); and the names set there."""
+def with_defaults(
+    cls: type[Config],
+    args: Sequence[str],
+    fallback_preset: str,
+    inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
+) -> tuple[Config, set[str]]:
+    """What the flags are laid over: a preset (--preset), then what `inherited` makes of all that is given, then
+    a TOML file (--config); and the names set there."""
     flags = given(cls, args)
     file = read_toml(flags["config"]) if flags.get("config") else {}
-    name = flags.get("preset") or file.get("preset") or fallback_preset
-    values = {**preset(name), **file, "preset": name}
+    under = inherited({**file, **flags})
+    name = flags.get("preset") or file.get("preset") or under.get("preset") or fallback_preset
+    values = {**preset(name), **under, **file, "preset": name}
     return from_dict(cls, values, source=flags.get("config") or f"preset {name}"), set(values)
 
 

@@ -51,6 +51,8 @@ class GPTConfig:
     """gelu_new: GPT-2's tanh form; gelu: the exact form that nanoGPT trains with"""
     layer_norm_epsilon: float = 1e-5
     """added to the variance inside layer norm"""
+    tied_head: bool = True
+    """the head is the token embedding; False gives it a weight of its own"""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -83,6 +85,10 @@ class TrainConfig:
     """where the run is written; unset, runs/PRESET, numbered when that is taken"""
     overwrite: bool = False
     """write into an out_dir that already holds a run"""
+    init_from: str = ""
+    """a model directory, or a run, to start from: its weights, shape and tokenizer"""
+    resume: str = ""
+    """a run, or a model directory with training state, to go on with; its settings hold unless others are given"""
 
     batch_size: int = 12
     """sequences per micro-batch"""

@@ -137,7 +137,7 @@ def encode(tokenizer: _Encoder, documents: Sequence[str]) -> np.ndarray:
 
 
 class Batches:
-    """Random windows of a token array, drawn with a generator of their own.
+    """Random windows of a token array: the seed and a batch's number say which.
 
     `tokens` (n,) may be memory-mapped: only the windows are read.
     """
@@ -147,11 +147,11 @@ class Batches:
             raise ValueError(
                 f"data: the {name} text has {len(tokens)} tokens, fewer than block_size + 1 = {block_size + 1}"
             )
-        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self._random = np.random.default_rng(seed)
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
 
-    def draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs (B, T) and, each shifted by one token, targets (B, T), int32."""
-        starts = self._random.integers(len(self.tokens) - self.block_size, size=self.batch_size)  # (B,)
+    def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Batch number 0, 1, ...: inputs (B, T) and, each shifted by one token, targets (B, T), int32."""
+        random = np.random.default_rng((self.seed, number))
+        starts = random.integers(len(self.tokens) - self.block_size, size=self.batch_size)  # (B,)
         windows = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int32)  # (B, T + 1)
         return windows[:, :-1], windows[:, 1:]

@@ -151,6 +151,7 @@ def shape_table(calls: list[Call], ids: mx.array) -> Table:
         "c_fc": "[B, T, 4C]",
         "mlp.c_proj": "[B, T, C], added to x",
         "ln_f": "[B, T, C]",
+        "lm_head": "[B, T, V] logits",
     }
     blocks = {call.path.split(".")[1] for call in calls if call.path.startswith("h.")}
     table = _table("Shapes, step by step", "step", "weight", "result", "")
@@ -189,14 +190,19 @@ def parameter_table(model: GPT) -> Table:
     n_layer = len(model.h)
     table = _table("Parameters", "component", "count", "share", "")
     for component, count in counts.items():
-        in_block = component not in ("wte", "wpe", "ln_f")
+        in_block = component not in ("wte", "wpe", "ln_f", "lm_head")
         each = f"{n_layer} x {count // n_layer:,}" if in_block else ""
         table.add_row(f"h.N.{component}" if in_block else component, f"{count:,}", f"{count / total:.1%}", each)
     table.add_section()
-    table.add_row("total", f"{total:,}", "100.0%", "the head is wte, counted once", style="bold")
+    tied = model.config.tied_head
+    head_note = "the head is wte, counted once" if tied else "the head, lm_head, is not wte"
+    table.add_row("total", f"{total:,}", "100.0%", head_note, style="bold")
     table.add_row("without wpe", f"{total - wpe:,}", "", "as nanoGPT reports it")
     table.add_row("without wte and wpe", f"{total - wte - wpe:,}", "", "non-embedding parameters")
-    table.add_row("with a head of its own", f"{total + wte:,}", "", "if it were not tied to wte")
+    if tied:
+        table.add_row("with a head of its own", f"{total + wte:,}", "", "if it were not tied to wte")
+    else:
+        table.add_row("with a tied head", f"{total - wte:,}", "", "if the head were wte")
     return table
 
 
@@ -205,7 +211,7 @@ def flops_table(calls: list[Call], tokens: int) -> Table:
     groups: dict[str, int] = {}
     for call in calls:
         if flops := call.matmul_flops():
-            name = "head" if call.path == "wte" else "h.N." + call.path.split(".", 2)[2]
+            name = "head" if call.path in ("wte", "lm_head") else "h.N." + call.path.split(".", 2)[2]
             groups[name] = groups.get(name, 0) + flops
     forward = sum(groups.values()) / tokens
     table = _table("Arithmetic", "matrix products", "per token", "share", "")

@@ -123,6 +123,13 @@ class GPT(nn.Module):
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = [Block(config, residual_std) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
+        if not config.tied_head:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> mx.array:
+        """What makes the logits, (V, C): the token embedding's weight, or one of its own."""
+        return (self.wte if self.config.tied_head else self.lm_head).weight
 
     @ops.entry
     def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
@@ -132,7 +139,7 @@ class GPT(nn.Module):
         ValueError for positions past block_size.
         """
         x = self.hidden(ids, cache)  # (B, T, C)
-        return ops.linear(x, self.wte.weight)  # (B, T, V): the head is tied to the token embedding
+        return ops.linear(x, self.head)  # (B, T, V)
 
     def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
@@ -149,7 +156,7 @@ class GPT(nn.Module):
     @ops.entry
     def loss(self, ids: mx.array, targets: mx.array) -> mx.array:
         """Mean cross entropy in nats. ids, targets (B, T) int32; a target of -1 is not counted -> scalar."""
-        return ops.linear_cross_entropy(self.hidden(ids), self.wte.weight, targets)
+        return ops.linear_cross_entropy(self.hidden(ids), self.head, targets)
 
     def generate(
         self, ids: mx.array, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0, vocab_size: int = 0
@@ -182,9 +189,9 @@ class GPT(nn.Module):
             yield new[:, 0]
 
     def named_weights(self) -> dict[str, mx.array]:
-        """Every parameter by its name, as "h.0.attn.c_attn.weight". The head is wte and not there again."""
+        """Every parameter by its name, as "h.0.attn.c_attn.weight". A tied head is wte and not there again."""
         return dict(tree_flatten(self.parameters()))  # type: ignore[arg-type]
 
     def n_params(self) -> int:
-        """Number of parameters, the head's counted once."""
+        """Number of parameters, a tied head's counted once."""
         return sum(p.size for p in self.named_weights().values())

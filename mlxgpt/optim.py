@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from . import kernels
 from .config import TrainConfig
@@ -55,11 +55,26 @@ class AdamW(mlx.optimizers.Adam):
             _own(model)
             _own(self.state)
             self._own_state = self.state
-            named = model.named_weights()
-            self._own = weights = list(named.values())
-            state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
-            self._averages = [[state[f"{name}.{average}"] for name in named] for average in "mv"]
+            self._own = weights = list(model.named_weights().values())
+            averages = list(self.averages(model).values())
+            self._averages = averages[: len(weights)], averages[len(weights) :]
         return weights
+
+    def averages(self, model: Any) -> dict[str, mx.array]:
+        """Of a model's gradients, by the names "m.wte.weight", and then of their squares, "v.wte.weight"; the arrays
+        themselves, which a step may update in place."""
+        state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
+        return {f"{average}.{name}": state[f"{name}.{average}"] for average in "mv" for name in model.named_weights()}
+
+    def restore(self, model: Any, step: int, averages: dict[str, mx.array]) -> None:
+        """Goes on from the averages, named as averages() does, after `step` steps."""
+        state = [
+            (f"{name}.{average}", averages[f"{average}.{name}"]) for name in model.named_weights() for average in "mv"
+        ]
+        self.init(model.parameters())
+        # the same dictionary as before, since a compiled step holds it
+        self.state.update({**tree_unflatten(state), "step": mx.array(step, mx.uint64)})
+        self._own_state = None
 
 
 def _own(tree: Any) -> None:

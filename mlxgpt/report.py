@@ -26,10 +26,14 @@ class Metrics:
     `lr` and `tokens_per_s`, an evaluation has `val_loss`. Losses are in nats per token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int | None = None) -> None:
+        """Begins anew, or goes on from what a run had written there after some steps."""
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        path.write_text("")
+        if after is not None:
+            written = (line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+            self.lines = [line for line in map(json.loads, written) if line["step"] <= after]
+        write_file(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def add(self, **values: Any) -> None:
         self.lines.append(values)
@@ -89,14 +93,14 @@ def terminal_curve(metrics: Metrics, console: Console) -> str:
 class Progress:
     """The progress line of a run: a live one on a terminal, elsewhere a line per log."""
 
-    def __init__(self, console: Console, max_iters: int, tokens_per_step: int) -> None:
+    def __init__(self, console: Console, done: int, max_iters: int, tokens_per_step: int) -> None:
         self._console, self._max_iters, self._tokens_per_step = console, max_iters, tokens_per_step
         columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}")
         self._bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=max_iters)
-        self._start = time.perf_counter()
+        self._task = self._bar.add_task("", total=max_iters, completed=done)
+        self._start, self._start_step = time.perf_counter(), done
         self._since = self._start  # the clock and the step of the last log; a pause moves the clock on
-        self._since_step = 0
+        self._since_step = done
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -109,7 +113,8 @@ class Progress:
         """Shows the state after a step -> tokens per second since the last log, pauses left out."""
         now = time.perf_counter()
         speed = (step - self._since_step) * self._tokens_per_step / (now - self._since)
-        left = timedelta(seconds=round((now - self._start) / step * (self._max_iters - step)))
+        per_step = (now - self._start) / (step - self._start_step)
+        left = timedelta(seconds=round(per_step * (self._max_iters - step)))
         text = f"loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  ETA {left}"
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal:

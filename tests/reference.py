@@ -65,12 +65,13 @@ def gpt_loss_and_gradients(
         x = x + linear(gelu(f, exact_gelu), f"{h}.mlp.c_proj")
         saved.append((a, norm_1, q, k, v, out, m, norm_2, f))
     last, norm_f = layer_norm(x, "ln_f")
-    logits = last @ w["wte.weight"].T
+    head = "lm_head.weight" if "lm_head.weight" in w else "wte.weight"
+    logits = last @ w[head].T
     loss, dlogits = cross_entropy(logits, targets)
 
-    # logits = last wte^T
-    g["wte.weight"] += np.einsum("btv,btc->vc", dlogits, last)
-    dx = layer_norm_backward(dlogits @ w["wte.weight"], norm_f, "ln_f")
+    # logits = last head^T
+    g[head] += np.einsum("btv,btc->vc", dlogits, last)
+    dx = layer_norm_backward(dlogits @ w[head], norm_f, "ln_f")
     for n in reversed(range(n_layer)):
         h = f"h.{n}"
         a, norm_1, q, k, v, out, m, norm_2, f = saved[n]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import golden
@@ -14,8 +15,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxgpt import checkpoint, tokenizer
-from mlxgpt.config import GPTConfig
+from mlxgpt.config import GPTConfig, TrainConfig
 from mlxgpt.model import GPT
+from mlxgpt.optim import AdamW
 from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
@@ -49,9 +51,9 @@ def saved(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
-def test_there_and_back_to_the_bit(tmp_path, bias, activation):
-    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=bias, activation=activation)
+@pytest.mark.parametrize(("activation", "tied_head"), [("gelu", True), ("gelu_new", True), ("gelu", False)])
+def test_there_and_back_to_the_bit(tmp_path, bias, activation, tied_head):
+    config = replace(TINY, bias=bias, activation=activation, tied_head=tied_head)
     model = random_model(config)
     checkpoint.save_model(tmp_path / "m", model, CHARS)
     again = checkpoint.load_model(tmp_path / "m")
@@ -161,6 +163,92 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(saved):
         assert part in str(error.value)
 
 
+def test_a_tied_head_in_the_file_is_dropped_when_it_is_wte(saved):
+    rewrite(saved, lambda weights: weights.update({"lm_head.weight": weights["wte.weight"]}))
+    assert "lm_head.weight" not in checkpoint.load_model(saved).named_weights()
+    rewrite(saved, lambda weights: weights.update({"lm_head.weight": weights["wte.weight"] * 2}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not wte\.weight, but tie_word_embeddings says"):
+        checkpoint.load_model(saved)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_low_precision_is_read_as_float32(saved, dtype):
+    low = {name: p.astype(dtype) for name, p in checkpoint.load_model(saved).named_weights().items()}
+    rewrite(saved, lambda weights: weights.update({name: t.astype(dtype) for name, t in weights.items()}))
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("mlx.core.")}))
+    for name, p in checkpoint.load_model(saved).named_weights().items():
+        assert p.dtype == mx.float32
+        assert mx.array_equal(p, low[name].astype(mx.float32)).item(), name
+
+
+WIDE = replace(TINY, n_embd=96)  # of which only mlp.c_proj's rows, 384 long, are a multiple of 64
+
+
+def save_quantized(directory: Path, model: GPT, bits: int, group_size: int = 64) -> Path:
+    directory.mkdir()
+    quantization = {"group_size": group_size, "bits": bits}
+    (directory / "config.json").write_bytes(checkpoint.config_json(model.config, quantization=quantization))
+    weights = checkpoint.with_zero_biases(model.named_weights(), model.config)
+    mx.save_safetensors(str(directory / "model.safetensors"), checkpoint.quantize(weights, bits, group_size))
+    return directory
+
+
+@pytest.mark.parametrize("options", [{}, dict(bias=False), dict(tied_head=False)])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32)])
+def test_quantized_weights_are_scale_times_number_plus_bias(tmp_path, bits, group_size, options):
+    model = random_model(replace(WIDE, **options))
+    directory = save_quantized(tmp_path / "q", model, bits, group_size)
+    file = {name: np.array(t) for name, t in mx.load(str(directory / "model.safetensors")).items()}
+    ours, original = checkpoint.load_model(directory).named_weights(), model.named_weights()
+    assert ours.keys() == original.keys()
+    packed = []
+    for name, p in ours.items():
+        their_name = name if name == "lm_head.weight" else f"model.{name}"
+        module = their_name.removesuffix(".weight")
+        if f"{module}.scales" not in file:
+            assert np.array_equal(np.array(p), file[their_name]), name
+            continue
+        packed.append(name)
+        words, scales, biases = (file[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
+        numbers = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)  # lowest bits first
+        numbers = numbers.reshape(len(words), -1, group_size)  # (n_out, n_in / group_size, group_size)
+        expected = (scales[..., None] * numbers + biases[..., None]).reshape(p.shape)
+        assert np.abs(np.array(p) - expected).max() < 1e-6, name
+        assert np.abs(np.array(p - original[name])).max() < (0.02 if bits == 4 else 0.002), name
+    matrices = [name for name, p in original.items() if p.ndim == 2]
+    assert packed == (matrices if group_size == 32 else ["h.0.mlp.c_proj.weight", "h.1.mlp.c_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("scales", None, "unknown h.0.mlp.c_proj.biases"),
+        ("biases", None, "of h.0.mlp.c_proj's weight, scales and biases one is missing"),
+        ("biases", mx.zeros((96, 7)), r"h.0.mlp.c_proj can't be dequantized: scales are \(96, 6\), but"),
+        ("weight", mx.zeros((96, 47), mx.uint32), r"h.0.mlp.c_proj can't be dequantized: "),
+        ("weight", mx.zeros((96, 48)), r"h.0.mlp.c_proj can't be dequantized: "),
+        ("scales", mx.full((96, 6), np.inf), "h.0.mlp.c_proj.weight holds a value that is not finite"),
+    ],
+)
+def test_quantized_tensors_that_do_not_fit_are_named(tmp_path, name, tensor, message):
+    def change(weights):
+        weights[f"model.h.0.mlp.c_proj.{name}"] = tensor
+        if tensor is None:
+            del weights[f"model.h.0.mlp.c_proj.{name}"]
+
+    directory = save_quantized(tmp_path / "q", random_model(WIDE), 4)
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(directory)
+
+
+def test_numbers_that_are_no_floats_are_refused(saved):
+    rewrite(saved, lambda weights: weights.update({"wte.weight": mx.zeros((11, 8), mx.int8)}))
+    with pytest.raises(ValueError, match=r"wte\.weight is int8, expected a floating-point type"):
+        checkpoint.load_model(saved)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_named(saved, value):
     def change(weights):
@@ -185,12 +273,17 @@ def test_large_finite_values_are_fine(saved):
         (dict(model_type="llama"), "model_type is 'llama', expected 'gpt2'"),
         (dict(activation_function="relu"), "activation_function is 'relu'"),
         (dict(n_inner=7), "n_inner is 7, expected 4 n_embd = 32"),
-        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (dict(tie_word_embeddings=False), r"missing lm_head\.weight"),
+        (dict(tie_word_embeddings="no"), "tied_head is 'no', expected bool"),
         (dict(n_head=3), "n_embd is 8, expected a multiple of n_head = 3"),
         (dict(n_embd=None), "n_embd is None, expected int"),
         (dict(n_layer="two"), "n_layer is 'two', expected int"),
         (dict(mlxgpt={"format": 2}), "mlxgpt.format is 2, expected 1"),
         (dict(mlxgpt=3), "not the configuration of a model"),
+        (dict(quantization=4), "not the configuration of a model"),
+        (dict(quantization={"bits": 4}), "quantization.group_size is None"),
+        (dict(quantization={"bits": 1, "group_size": 64}), "quantization.bits is 1, expected 2 or 3"),
+        (dict(quantization={"bits": 4, "group_size": 32, "mode": "mxfp4"}), "quantization.mode is 'mxfp4'"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(saved, change, message):
@@ -220,3 +313,128 @@ def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         checkpoint.load_model(saved)
+
+
+def trained(step: int = 7) -> tuple[GPT, checkpoint.TrainingState]:
+    """A model, and training state of it with no two arrays alike."""
+    model, optimizer = random_model(), AdamW(TrainConfig(learning_rate=0.25, beta1=0.5, weight_decay=0.125))
+    averages = {
+        f"{average}.{name}": mx.random.uniform(shape=p.shape)
+        for average in "mv"
+        for name, p in model.named_weights().items()
+    }
+    optimizer.restore(model, step, averages)
+    return model, checkpoint.TrainingState(optimizer, step, 1.5, {"max_iters": 9, "beta1": 0.5})
+
+
+@pytest.fixture
+def resumable(tmp_path) -> Path:
+    model, state = trained()
+    checkpoint.save_model(tmp_path / "model", model, CHARS, state)
+    return tmp_path / "model"
+
+
+def snapshot(optimizer: AdamW) -> dict[str, np.ndarray]:
+    return {name: np.array(a) for name, a in tree_flatten(optimizer.state)}
+
+
+def test_training_state_there_and_back_to_the_bit(tmp_path):
+    model, state = trained()
+    checkpoint.save_model(tmp_path / "m", model, CHARS, state)
+    record = json.loads((tmp_path / "m" / "training.json").read_text())
+    assert record == dict(
+        format=1, step=7, learning_rate=0.25, beta1=0.5, beta2=0.99, eps=1e-8, weight_decay=0.125, best_val_loss=1.5,
+        settings={"max_iters": 9, "beta1": 0.5},
+    )  # fmt: skip
+    file = mx.load(str(tmp_path / "m" / "optimizer.safetensors"))
+    assert file["m.h.0.attn.c_attn.weight"].shape == (24, 8)  # (n_out, n_in)
+    path = tmp_path / "m" / "training.json"
+    path.write_text(json.dumps(record | {"eps": 1e-6}))
+    again, optimizer = checkpoint.load_model(tmp_path / "m"), AdamW(TrainConfig(learning_rate=0.25))
+    assert checkpoint.load_training_state(tmp_path / "m", again, optimizer) == record | {"eps": 1e-6}
+    assert optimizer.eps == 1e-6
+    assert optimizer.step.item() == 7
+    expected, restored = snapshot(state.optimizer), snapshot(optimizer)
+    assert expected.keys() == restored.keys()
+    for name, value in expected.items():
+        assert np.array_equal(value, restored[name]), name
+
+
+def test_a_model_without_training_state_takes_the_old_one_away(resumable):
+    checkpoint.save_model(resumable, random_model(), CHARS)
+    assert not {"training.json", "optimizer.safetensors"} & {p.name for p in resumable.iterdir()}
+
+
+def test_a_save_of_training_state_that_fails_leaves_the_old(resumable, monkeypatch):
+    before = {p.name: p.read_bytes() for p in resumable.iterdir()}
+    save = mx.save_safetensors
+
+    def full(path, *args, **kwargs):
+        if path.endswith("optimizer.safetensors"):
+            raise RuntimeError("No space left on device")
+        save(path, *args, **kwargs)
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    model, state = trained(step=8)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_model(resumable, model, CHARS, state)
+    assert {p.name: p.read_bytes() for p in resumable.iterdir()} == before
+    assert [p.name for p in resumable.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("m.ln_f.weight", None, "missing m.ln_f.weight"),
+        ("m.h.9.ln_1.weight", mx.ones((8,)), "unknown m.h.9.ln_1.weight"),
+        ("v.h.0.attn.c_attn.weight", mx.ones((8, 24)), r"v.h.0.attn.c_attn.weight is \(8, 24\), expected \(24, 8\)"),
+        ("v.wte.weight", mx.full((11, 8), np.nan), "v.wte.weight holds a value that is not finite"),
+    ],
+)
+def test_averages_that_do_not_fit_leave_the_optimizer_as_it_was(resumable, name, tensor, message):
+    path = resumable / "optimizer.safetensors"
+    averages = mx.load(str(path))
+    mx.eval(averages)
+    averages[name] = tensor
+    if tensor is None:
+        del averages[name]
+    mx.save_safetensors(str(path), averages)
+    model, state = trained(step=3)
+    before = snapshot(state.optimizer)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_training_state(resumable, model, state.optimizer)
+    for name, value in snapshot(state.optimizer).items():
+        assert np.array_equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(format=2), "format is 2, expected 1"),
+        (dict(step=-1), "step is -1, expected a whole number of steps"),
+        (dict(step=1.5), "step is 1.5, expected a whole number of steps"),
+        (dict(eps="small"), "eps is 'small', expected a number of at least 0"),
+        (dict(beta1=None), "beta1 is None, expected a number"),
+        (dict(best_val_loss=float("nan")), "best_val_loss is nan, expected a number"),
+        (dict(settings=3), "not a training state"),
+        (dict(settings={"max_itres": 3}), r"training\.json: unknown setting 'max_itres' \(did you mean 'max_iters'"),
+        (dict(settings={"max_iters": 0}), r"training\.json: max_iters is 0, expected at least 1"),
+    ],
+)
+def test_a_broken_training_record_is_named(resumable, change, message):
+    path = resumable / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_training_record(resumable)
+
+
+def test_find_training_state_takes_a_run_or_a_model(resumable, tmp_path):
+    assert checkpoint.find_training_state(resumable) == resumable
+    (tmp_path / "run").mkdir()
+    shutil.copytree(resumable, tmp_path / "run" / "last")
+    assert checkpoint.find_training_state(tmp_path / "run") == tmp_path / "run" / "last"
+    with pytest.raises(FileNotFoundError, match=r"holds no training state: it has no training\.json"):
+        checkpoint.find_training_state(tmp_path)
+    (resumable / "optimizer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no optimizer\.safetensors"):
+        checkpoint.load_training_state(resumable, *(trained()[0], trained()[1].optimizer))

@@ -109,8 +109,8 @@ def test_batches_are_windows_and_targets_are_the_next_tokens(tmp_path):
     tokens[:] = np.arange(500)
     batches = data.Batches(tokens, block_size=16, batch_size=64, seed=1, name="training")
     starts = set()
-    for _ in range(200):
-        x, y = batches.draw()
+    for n in range(200):
+        x, y = batches.draw(n)
         assert x.shape == y.shape == (64, 16)
         assert x.dtype == y.dtype == np.int32
         assert (y == x + 1).all()
@@ -122,14 +122,15 @@ def test_batches_are_windows_and_targets_are_the_next_tokens(tmp_path):
 def test_batches_repeat_with_the_seed():
     tokens = np.arange(200, dtype=np.uint8)
 
-    def first(seed):
-        return data.Batches(tokens, 8, 4, seed, "training").draw()[0].tolist()
+    def batch(seed, number):
+        return data.Batches(tokens, 8, 4, seed, "training").draw(number)[0].tolist()
 
-    assert first(1) == first(1) != first(2)
+    assert batch(1, 0) == batch(1, 0) != batch(2, 0)
+    assert batch(1, 5) == batch(1, 5) != batch(1, 0)
 
 
 def test_a_text_shorter_than_a_window():
     with pytest.raises(ValueError, match=r"the validation text has 16 tokens, fewer than block_size \+ 1 = 17"):
         data.Batches(np.zeros(16, np.uint8), 16, 1, 0, "validation")
-    x, _ = data.Batches(np.zeros(17, np.uint8), 16, 1, 0, "validation").draw()
+    x, _ = data.Batches(np.zeros(17, np.uint8), 16, 1, 0, "validation").draw(0)
     assert x.shape == (1, 16)

@@ -53,6 +53,17 @@ def test_gpt2_small_has_the_published_count(capsys, wide):
     assert "163,037,184" in row(text, "with a head of its own")
 
 
+def test_a_head_of_its_own_is_counted(capsys, wide):
+    text = screen(capsys, "gpt2", "--block_size", "1024", "--no-tied_head")
+    assert "163,037,184" in row(text, "total")
+    assert "124,439,808" in row(text, "with a tied head")
+    assert "123,653,376" in row(text, "without wte and wpe")
+    shapes, parameters = text.split("Parameters")[:2]
+    assert "[50257, 768] [1, 1024, 50257]" in row(shapes, "lm_head")
+    assert "38,597,376" in row(parameters.split("Arithmetic")[0], "lm_head")
+    assert "77.19 MFLOP" in row(parameters.split("Arithmetic")[1], "head")
+
+
 @pytest.mark.parametrize(
     ("name", "total"), [("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)]
 )

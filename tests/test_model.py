@@ -80,6 +80,26 @@ def test_reference_follows_pytorch_and_model_follows_reference(variant):
         assert_close(our_gradients[name], gradient, 1e-4, name)
 
 
+def test_a_head_of_its_own_follows_reference():
+    config = GPTConfig(**golden.SHAPE, tied_head=False)
+    rng = np.random.default_rng(4)
+    ids, targets = rng.integers(0, config.vocab_size, (2, 3, 7))
+    drawn = {name: np.array(p) for name, p in GPT(config).named_weights().items()}
+    assert drawn["lm_head.weight"].std() == pytest.approx(0.02, rel=0.1)
+    weights = {name: p + rng.normal(0, 0.2, p.shape) for name, p in drawn.items()}
+    logits, loss, gradients = reference.gpt_loss_and_gradients(
+        weights, config.n_layer, config.n_head, False, ids, targets, config.layer_norm_epsilon
+    )
+    model = model_with(weights, config)
+    assert_close(np.array(model(mx.array(ids.astype(np.int32)))), logits, 1e-5)
+    ours, our_gradients = loss_and_gradients(model, ids, targets)
+    assert ours == pytest.approx(loss, rel=1e-5)
+    assert our_gradients.keys() == gradients.keys() >= {"lm_head.weight"}
+    for name, gradient in gradients.items():
+        assert_close(our_gradients[name], gradient, 1e-4, name)
+    assert model.n_params() == GPT(GPTConfig(**golden.SHAPE)).n_params() + weights["wte.weight"].size
+
+
 def test_parameters_are_gpt2s():
     model = GPT(GPTConfig(block_size=1024))
     assert model.n_params() == 124_439_808

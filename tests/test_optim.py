@@ -87,6 +87,18 @@ def test_training_goes_on_from_a_restored_state():
     assert [t.step(batches(1)).item() for _ in range(3)] == expected
 
 
+def test_an_optimizer_alone_may_be_restored():
+    t, fresh = trainer(), trainer()
+    for _ in range(2):
+        t.step(batches(1))
+    fresh.model.update(tree_map(lambda p: mx.array(np.array(p)), t.model.parameters()))
+    zeros = {name: mx.zeros_like(a) for name, a in t.optimizer.averages(t.model).items()}
+    t.optimizer.restore(t.model, 0, zeros)  # its weights stay where they are
+    t.steps = 0
+    losses = [[each.step(batches(1)).item() for _ in range(3)] for each in (t, fresh)]
+    assert losses[0] == losses[1]
+
+
 def test_steps_take_no_new_memory():
     t = trainer()
     for _ in range(3):

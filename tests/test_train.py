@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import checkpoint, kernels, train
+from mlxgpt import checkpoint, cli, kernels, train
 from mlxgpt.config import GPTConfig, TrainConfig
 from mlxgpt.model import GPT
 from mlxgpt.optim import AdamW, learning_rate
@@ -280,6 +281,164 @@ def test_an_out_dir_that_cant_be_written(corpus, tmp_path):
     assert result.returncode == 1
     assert "closed/run can't be made: Permission denied" in result.stderr
     assert not list(closed.iterdir())
+
+
+def main(*args: str) -> None:
+    train.main(["--device", "cpu", *args])
+
+
+def curve(run: Path) -> dict[int, float]:
+    """Validation losses by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    assert len(dict(losses)) == len(losses)
+    return dict(losses)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def half(corpus, tmp_path, monkeypatch) -> Path:
+    """A run of 6 steps, on a schedule of 12."""
+    monkeypatch.chdir(tmp_path)
+    main(
+        "--data",
+        str(corpus),
+        "--out_dir",
+        "half",
+        *TINY_FLAGS,
+        "--lr_decay_iters",
+        "12",
+        "--learning_rate",
+        "0.01",
+        "--warmup_iters",
+        "2",
+    )
+    return tmp_path / "half"
+
+
+@pytest.mark.parametrize("kernels_there", [True, False])
+def test_a_run_that_is_resumed_is_the_run_that_was_not(corpus, half, tmp_path, monkeypatch, kernels_there):
+    if not kernels_there:
+        monkeypatch.setattr(kernels, "_core", None)
+    flags = [*TINY_FLAGS, "--learning_rate", "0.01", "--warmup_iters", "2", "--gradient_accumulation_steps", "2"]
+    main("--data", str(corpus), "--out_dir", "whole", *flags, "--max_iters", "12")
+    main("--data", str(corpus), "--out_dir", "half", *flags, "--lr_decay_iters", "12", "--overwrite")
+    first = curve(half)
+    best = min((loss, step) for step, loss in first.items() if step)
+    with open(half / "metrics.jsonl", "a") as file:  # what a run that was killed leaves behind
+        file.write('{"step": 8, "loss": 1.0, "lr": 0.1, "tokens_per_s": 1.0}\n{"step": 9, "lo')
+    main("--resume", "half", "--max_iters", "12")
+    assert curve(half) == curve(tmp_path / "whole")
+    assert list(curve(half)) == [0, 3, 6, 9, 12]
+    assert min(loss for step, loss in curve(half).items() if step > 6) < best[0]
+    for model in ("last", "best"):
+        ours, theirs = files(half / model), files(tmp_path / "whole" / model)
+        ours.pop("training.json", None), theirs.pop("training.json", None)  # they differ in lr_decay_iters alone
+        assert ours == theirs
+    assert "resume =" not in (half / "settings.toml").read_text()
+
+
+def test_a_best_model_outlives_a_resumption_that_finds_no_better(half, monkeypatch):
+    best = files(half / "best")
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda self, batches: 50.0)
+    main("--resume", "half/last", "--max_iters", "9")
+    assert files(half / "best") == best
+    record = json.loads((half / "last" / "training.json").read_text())
+    assert record["step"] == 9
+    assert record["best_val_loss"] == min(loss for step, loss in curve(half).items() if step)
+
+
+def test_a_resumed_run_may_go_elsewhere(half, tmp_path):
+    before = files(half)
+    main("--resume", "half", "--max_iters", "9", "--out_dir", "other", "--learning_rate", "0.02", "--dropout", "0.1")
+    assert files(half) == before
+    assert list(curve(tmp_path / "other")) == [6, 9]
+    assert curve(tmp_path / "other")[6] == curve(half)[6]
+    record = json.loads((tmp_path / "other" / "last" / "training.json").read_text())
+    kept = json.loads((half / "last" / "training.json").read_text())["settings"]
+    assert record["settings"] == kept | {"max_iters": 9, "learning_rate": 0.02}
+    assert checkpoint.load_model(tmp_path / "other" / "best").config.dropout == 0.1
+
+
+def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
+    flags = ["--batch_size", "4", "--eval_iters", "2", "--sample_tokens", "0"]
+    main("--init_from", "half/last", "--data", str(corpus), "--out_dir", "tuned", "--max_iters", "3", *flags)
+    assert curve(tmp_path / "tuned")[0] == curve(half)[6]
+    record = json.loads((tmp_path / "tuned" / "last" / "training.json").read_text())
+    assert record["step"] == 3
+    (tmp_path / "few.txt").write_text("the lazy dog\n" * 40)
+    flags += ["--block_size", "8", "--dropout", "0.1", "--max_iters", "1"]
+    main("--init_from", "half", "--data", "few.txt", "--out_dir", "cropped", *flags)
+    start, config = checkpoint.load_model(half / "best"), checkpoint.load_config(tmp_path / "cropped" / "last")
+    assert (config.block_size, config.dropout, config.vocab_size, config.n_layer) == (8, 0.1, 28, 1)
+    model = checkpoint.load_model(tmp_path / "cropped" / "last")
+    assert mx.abs(model.wpe.weight - start.wpe.weight[:8]).max().item() < 2e-5  # one warm-up step away
+    tokenizers = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("half/last", "cropped/last")]
+    assert tokenizers[0] == tokenizers[1]
+    assert 'init_from = "half"' in (tmp_path / "cropped" / "settings.toml").read_text()
+
+
+@pytest.mark.parametrize("restored_after", [0, 2])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_steps_go_on_from_a_restored_state(monkeypatch, compiled, restored_after):
+    """Compiled as on a GPU, and in place on the CPU's kernels, where they are."""
+    if compiled:
+        monkeypatch.setattr(kernels, "_core", None)
+        monkeypatch.setattr(train, "_compiles", lambda config: True)
+    model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
+    config = TrainConfig(learning_rate=1e-2, warmup_iters=2, model=model_config)
+    some = batches(5, 8, model_config)
+    trainer, other = (train.Trainer(GPT(model_config), config) for _ in range(2))
+    for batch in some[:4]:
+        trainer.step([batch])
+    for batch in some[:restored_after]:
+        other.step([batch])
+    weights, averages = (  # copied, since the trainer updates its own in place
+        {name: mx.array(np.array(a)) for name, a in arrays.items()}
+        for arrays in (trainer.model.named_weights(), trainer.optimizer.averages(trainer.model))
+    )
+    other.model.update(tree_unflatten(list(weights.items())))
+    other.optimizer.restore(other.model, 4, averages)
+    other.steps = 4
+    losses = [[t.step([batch]).item() for batch in some[4:]] for t in (trainer, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("--init_from nowhere", 1, "init_from: there is no directory nowhere"),
+        ("--init_from empty", 1, "init_from: empty is not a model directory: it has no config.json"),
+        ("--init_from half --n_layer 2", 1, "n_layer is 2, but 1 in the model of half/best"),
+        ("--init_from half --no-tied_head", 1, "tied_head is False, but True in the model of half/best"),
+        ("--init_from half --vocab_size 64", 1, "vocab_size is 64, but 28 in the model of half/best"),
+        ("--init_from half --block_size 17", 1, "block_size is 17, but 16 in the model of half/best"),
+        ("--init_from half --tokenizer gpt2", 1, "tokenizer is gpt2, but char in the model of half/best"),
+        ("--init_from half --data other.txt", 1, "data: other does not fit the tokenizer of half/best: character 'é'"),
+        ("--init_from half --resume half", 2, "init_from and resume are both given, expected one of them"),
+        ("--resume nowhere", 1, "resume: nowhere holds no training state: it has no training.json"),
+        ("--resume half/best", 1, "resume: half/best holds no training state: it has no training.json"),
+        ("--resume half", 1, "max_iters is 6, but half/last has done 6 steps already"),
+        ("--resume half --max_iters 9 --block_size 8", 1, "block_size is 8, but 16 in the model of half/last"),
+        ("--resume torn --max_iters 9", 1, "torn/last has no optimizer.safetensors"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
+    (tmp_path / "other.txt").write_text("café\n" * 40)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(half, tmp_path / "torn")
+    (tmp_path / "torn" / "last" / "optimizer.safetensors").unlink()
+    before = files(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.run("mlxgpt.train", train.main)
+    assert stop.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mlxgpt.train: error: {message}")
+    assert files(tmp_path) == before
 
 
 def test_a_padded_vocabulary_is_kept(corpus, tmp_path):

@@ -31,17 +31,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """nanoGPT's model under GPT-2's names, its head tied to wte."""
+    """nanoGPT's model under GPT-2's names, its head tied to wte or not."""
 
     def __init__(
         self, *, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, bias: bool = True,
-        activation: str = "gelu_new", dropout: float = 0.0,
+        activation: str = "gelu_new", dropout: float = 0.0, tied_head: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.dropout = dropout
         self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
         self.h = nn.ModuleList(Block(n_embd, n_head, bias, activation, dropout) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd, bias=bias)
+        if not tied_head:
+            self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02)
@@ -52,7 +54,7 @@ class GPT(nn.Module):
         x = F.dropout(self.wte(ids) + self.wpe.weight[: ids.shape[1]], self.dropout, self.training)
         for block in self.h:
             x = block(x)
-        return self.ln_f(x) @ self.wte.weight.T
+        return self.ln_f(x) @ getattr(self, "lm_head", self.wte).weight.T
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -72,9 +74,12 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2))
 
 
-def train(model: GPT, batches: list[tuple[np.ndarray, np.ndarray]], rates: list[float], **adamw: float) -> list[float]:
+def train(
+    model: GPT, batches: list[tuple[np.ndarray, np.ndarray]], rates: list[float],
+    optimizer: torch.optim.AdamW | None = None, **adamw: float,
+) -> list[float]:  # fmt: skip
     """One AdamW step with clipping at 1 for each batch and learning rate -> the losses before each."""
-    optimizer = model.adamw(learning_rate=rates[0], **adamw)
+    optimizer = optimizer or model.adamw(learning_rate=rates[0], **adamw)
     losses = []
     for (x, y), rate in zip(batches, rates, strict=True):
         for group in optimizer.param_groups:
