@@ -11,6 +11,7 @@ The format is torch/serialization.py's (_save, _load, _legacy_save, _legacy_load
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import struct
@@ -39,7 +40,7 @@ _STORAGES = {
 # GPT-2 XL with its optimizer takes 400 KB and 80,000 opcodes. These keep a hostile file to seconds and 500 MB.
 _MAX_BYTES = 16 << 20  # of a pickle
 _MAX_DIRECTORY = 4 << 20  # bytes of a zip file's directory
-_MAX_OPCODES = 2_000_000
+_MAX_OPCODES = 1_000_000
 _MAX_DEPTH = 100  # of containers in one another: whoever walks them may recurse
 _MAX_EXPANDED = 1 << 30  # bytes of a tensor with more elements than its storage (strides of 0)
 _MAX_INFLATED = 64 << 20, 20  # bytes that compressed storages may become: these, and so many times the file
@@ -220,6 +221,10 @@ class _Zip:
         if len(self.infos) != len(infos):
             raise ValueError(f"{file.name}: two entries of the zip file have one name")
         offsets = sorted(info.header_offset for info in infos)
+        if offsets and not 0 <= offsets[0] <= offsets[-1] < end:
+            raise ValueError(
+                f"{file.name}: the zip file's directory lies at {end}, its entries at {offsets[0]} to {offsets[-1]}"
+            )
         self.ends = dict(zip(offsets, [*offsets[1:], end], strict=True))  # where the next entry starts
 
     def locate(self, name: str) -> tuple[zipfile.ZipInfo, int]:
@@ -637,7 +642,7 @@ def _key(value: Any) -> Any:
 
     Large integers too: those that are equal modulo 2^61 - 1 have one hash, and many of them quadratic time.
     """
-    if value is None or isinstance(value, str | bytes | float) or (isinstance(value, int) and abs(value) < 1 << 60):
+    if type(value) in _KEYS and not (type(value) is int and abs(value) >> 60):
         return value
     raise ValueError(f"a key is {_shown(value)}, expected a string or a number")
 
@@ -645,8 +650,11 @@ def _key(value: Any) -> Any:
 def _fill(target: dict[Any, Any], keys: Any, values: Any) -> None:
     if len(keys) != len(values):
         raise ValueError("a key has no value")
-    for key, value in zip(keys, values, strict=True):
-        target[_key(key)] = value
+    target.update(zip(map(_key, keys), values, strict=True))
+
+
+_KEYS = frozenset([str, bytes, bool, int, float, type(None)])
+_ATOMS = _KEYS | {Tensor}
 
 
 def _measure(value: Any, depth: int, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
@@ -654,26 +662,26 @@ def _measure(value: Any, depth: int, known: dict[int, tuple[int, int] | None]) -
 
     Too large is, for one, a list that holds one list twice, which holds one twice, and so on.
     """
-    if value is None or isinstance(value, bool | int | float | Tensor):
-        return 0, 1
-    if isinstance(value, str | bytes):
-        return 0, 1 + len(value) // 16
-    if isinstance(value, _Global | _Storage):
+    if type(value) in _ATOMS or not value:
+        return 0, 1 + len(value) // 16 if type(value) in (str, bytes) else 1
+    if isinstance(value, (_Global, _Storage)):
         raise ValueError(f"{_shown(value)} stands where a value should")
     if id(value) not in known:
         if depth > _MAX_DEPTH:
             raise ValueError(f"values are more than {_MAX_DEPTH} deep in one another")
         known[id(value)] = None
-        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        measures = [_measure(part, depth + 1, known) for part in parts]
-        known[id(value)] = 1 + max((h for h, _ in measures), default=0), 1 + sum(n for _, n in measures)
+        parts = itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value
+        height, size = 0, 1
+        for part in parts:
+            part_height, part_size = _measure(part, depth + 1, known)
+            height, size = max(height, part_height + 1), size + part_size
+        known[id(value)] = height, size
     if (measured := known[id(value)]) is None:
         raise ValueError(f"{_shown(value)} holds itself")
-    height, size = measured
-    if depth + height > _MAX_DEPTH:
+    if depth + measured[0] > _MAX_DEPTH:
         raise ValueError(f"values are more than {_MAX_DEPTH} deep in one another")
-    if size > _MAX_OPCODES:
-        raise ValueError(f"it stands for {_shown(size)} values, expected at most {_MAX_OPCODES}")
+    if measured[1] > _MAX_OPCODES:
+        raise ValueError(f"it stands for {_shown(measured[1])} values, expected at most {_MAX_OPCODES}")
     return measured
 
 
