@@ -217,6 +217,7 @@ class _Zip:
                 infos, end = archive.infolist(), archive.start_dir
         except Exception as error:  # zipfile meets damage with a dozen types of exception
             raise ValueError(f"{file.name}: a damaged zip file: {ascii(str(error))[1:-1]}") from None
+        self.has_crcs = any(info.CRC for info in infos)  # not after torch.serialization.set_crc32_options(False)
         self.infos = {info.filename: info for info in infos}
         if len(self.infos) != len(infos):
             raise ValueError(f"{file.name}: two entries of the zip file have one name")
@@ -225,7 +226,11 @@ class _Zip:
             raise ValueError(
                 f"{file.name}: the zip file's directory lies at {end}, its entries at {offsets[0]} to {offsets[-1]}"
             )
-        self.ends = dict(zip(offsets, [*offsets[1:], end], strict=True))  # where the next entry starts
+        self.ends = dict(itertools.pairwise([*offsets, end]))  # where the next entry starts
+        found = [name for name in self.infos if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(found) != 1:
+            raise ValueError(f"{file.name}: the zip file has {len(found)} entries DIR/data.pkl, expected one")
+        self.directory = found[0].removesuffix("data.pkl")  # "archive/", which all lies in
 
     def locate(self, name: str) -> tuple[zipfile.ZipInfo, int]:
         """-> an entry and its first byte's position. ValueError unless it lies whole and alone in the file."""
@@ -277,16 +282,8 @@ class _Zip:
             self.refuse(name, f"has {info.file_size} bytes, expected {_shown(numel)} {dtype}")
         return storage
 
-    @property
-    def directory(self) -> str:
-        """The one directory that all lies in, "archive/"."""
-        found = [name for name in self.infos if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(found) != 1:
-            raise ValueError(f"{self.file.name}: the zip file has {len(found)} entries DIR/data.pkl, expected one")
-        return found[0].removesuffix("data.pkl")
-
     def _view(self, info: zipfile.ZipInfo, start: int) -> Callable[[int, int], np.ndarray]:
-        checked = False
+        checked = not self.has_crcs
 
         def view(first: int, nbytes: int) -> np.ndarray:
             nonlocal checked

@@ -386,6 +386,16 @@ def test_reads_what_torch_saves(path, old):
     assert read_all(path) == plain_torch(made["whole"].T)
 
 
+def test_without_checksums(path):
+    torch = pytest.importorskip("torch")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(6.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read(path)["a"].read().tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_golden_files_are_what_torch_loads():
     torch = pytest.importorskip("torch")
     for file in FILES:
@@ -580,6 +590,14 @@ def test_zip_entries(path):
     refused(path, "2 entries DIR/data.pkl")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("x", b"")
+    refused(path, "0 entries DIR/data.pkl")
+    zipfile.ZipFile(path, "w").close()
+    refused(path, "not a PyTorch file|0 entries DIR/data.pkl")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x", b"")
+    data = bytearray(path.read_bytes())
+    data[-14:-6] = bytes(8)  # no entries, a directory of no bytes
+    path.write_bytes(data)
     refused(path, "0 entries DIR/data.pkl")
     refused(archive(path, tensor(), storages=()), "a/data/0: is missing")
     refused(archive(path, tensor(of=storage("../../etc/passwd"))), r"\.\./etc/passwd: is missing")
