@@ -187,13 +187,13 @@ def load_model(directory: Path) -> GPT:
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
     model = GPT(config)
     expected = {
-        name: tuple(reversed(p.shape)) if conv1d and _is_conv1d(name) else tuple(p.shape)
+        name: tuple(reversed(p.shape)) if conv1d and is_conv1d(name) else tuple(p.shape)
         for name, p in model.named_weights().items()
     }
     if not config.bias:  # the zeros that other programs want to see
         weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
     _check(weights, expected, path)
-    for name in filter(_is_conv1d, weights if conv1d else ()):
+    for name in filter(is_conv1d, weights if conv1d else ()):
         weights[name] = mx.contiguous(weights[name].T)
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
@@ -384,10 +384,8 @@ def config_json(
 
 def _write_weights(path: Path, model: GPT) -> None:
     """model.safetensors, on the disk when this returns."""
-    # transformers 4 takes a head of its own only beside names with the prefix
-    prefix = "" if model.config.tied_head else "transformer."
     weights = {
-        name if name == "lm_head.weight" else prefix + name: mx.contiguous(p.T) if _is_conv1d(name) else p
+        file_name(name, model.config): mx.contiguous(p.T) if is_conv1d(name) else p
         for name, p in with_zero_biases(model.named_weights(), model.config).items()
     }
     _write_tensors(path, weights)
@@ -411,7 +409,13 @@ def with_zero_biases(weights: dict[str, mx.array], config: GPTConfig) -> dict[st
     return weights | biases
 
 
-def _is_conv1d(name: str) -> bool:
+def file_name(name: str, config: GPTConfig) -> str:
+    """A parameter's name in the file. transformers 4 takes a head of its own only beside names with the prefix."""
+    return name if config.tied_head or name == "lm_head.weight" else f"transformer.{name}"
+
+
+def is_conv1d(name: str) -> bool:
+    """Whether a parameter is a linear layer's weight, which Conv1D turns."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 

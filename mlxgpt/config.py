@@ -10,7 +10,9 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 Config = TypeVar("Config")
 
@@ -179,6 +181,38 @@ class SampleConfig:
         _require_at_least(1, self, "num_samples", "max_new_tokens")
         _require_at_least(0, self, "temperature", "top_k")
         _require_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a PyTorch GPT-2 to a model directory, or a model to what other programs read. Runs no pickle code."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """nanoGPT's ckpt.pt or out_dir; a Hugging Face GPT-2 directory, .bin, .pt or .safetensors file; llm.c's .bin; or
+    a model directory"""
+    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """a directory for mlxgpt and nanogpt, else a file; it appears whole or not at all"""
+    to: Literal["mlxgpt", "nanogpt", "gguf", "safetensors"] = "mlxgpt"
+    """mlxgpt: a model directory, which is a Hugging Face GPT-2; nanogpt: its ckpt.pt; gguf: for llama.cpp;
+    safetensors: one file"""
+    dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
+    """of the weights; same as in the source"""
+    block_size: int | None = None
+    """crop to so many positions"""
+    quantize: Literal[0, 4, 8] = 0
+    """bits of the matrices in groups of 64, as mlx_lm reads them; 0 does not quantize"""
+    meta: str = ""
+    """nanoGPT's meta.pkl with the characters; unset, the one beside ckpt.pt"""
+    n_head: int = 0
+    """heads, for a file that doesn't say; 0 supposes head_dim = 64"""
+    force: bool = False
+    """replace a destination that is there"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, self, "n_head")
+        if self.block_size is not None:
+            _require_at_least(1, self, "block_size")
+        _require(not self.quantize or self.to == "mlxgpt", "quantize", self.quantize, "0 unless --to mlxgpt")
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int = 1024) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from .config import GPTConfig
-from .tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, _byte_of_character
+from .tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, byte_of_character
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -177,7 +177,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, size: int) -> None:
         writer.add_unk_token_id(tokenizer.start)  # as in tokenizer.json
     else:
         merges = []
-        visible = {byte: character for character, byte in _byte_of_character().items()}
+        visible = {byte: character for character, byte in byte_of_character().items()}
         if isinstance(tokenizer, BPETokenizer):
             files = tokenizer.files()
             for text, i in json.loads(files["vocab.json"]).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,13 +91,13 @@ class BPETokenizer:
         self._vocab_json, self._merges_txt = vocab_json, merges_txt
         vocab: dict[str, int] = json.loads(vocab_json)
         merges = [line.split(" ") for line in merges_txt.decode("utf-8").splitlines()[1:] if line]
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         self._bytes = {i: bytes(byte_of[c] for c in s) for s, i in vocab.items() if s != END_OF_TEXT}
         # tiktoken takes a token's id for its merge's rank, so the two must be in one order
         if sorted(self._bytes) != list(range(256 + len(merges))) or any(
             vocab.get("".join(pair)) != 256 + rank for rank, pair in enumerate(merges)
         ):
-            raise ValueError("vocab.json does not number its tokens in the order of merges.txt")
+            raise ValueError("it does not number its tokens in the order of their merges")
         self.end_of_text = vocab.get(END_OF_TEXT)
         self.vocab_size = max(vocab.values()) + 1
         self.start = self.end_of_text if self.end_of_text is not None else 0
@@ -142,19 +142,30 @@ class BPETokenizer:
 
 def load(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory. FileNotFoundError, ValueError with the file's name."""
+    names = [name for name in ("vocab.json", "merges.txt") if (directory / name).exists()] or ["tokenizer.json"]
+    return from_files({name: (directory / name).read_bytes() for name in names}, str(directory))
+
+
+def from_files(files: Mapping[str, bytes], source: str) -> Tokenizer:
+    """The tokenizer in some files of a model directory, by their names. ValueError, naming the source and the file."""
+    name = "vocab.json" if "vocab.json" in files else "tokenizer.json"
     try:
-        if (directory / "vocab.json").exists():
-            return BPETokenizer((directory / "vocab.json").read_bytes(), (directory / "merges.txt").read_bytes())
-        model = json.loads((directory / "tokenizer.json").read_bytes())["model"]
+        if name == "vocab.json":
+            return BPETokenizer(files["vocab.json"], files["merges.txt"])
+        content = json.loads(files["tokenizer.json"])
+        model = content["model"]
         vocab = model["vocab"]
+        if model["type"] == "BPE":
+            vocab |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+            pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            return BPETokenizer(_json(**vocab), "\n".join(["#version: 0.2", *pairs, ""]).encode())
         if model["type"] != "WordLevel" or sorted(vocab.values()) != list(range(len(vocab))) or not vocab:
-            raise ValueError("not a character tokenizer, and there are no vocab.json and merges.txt")
+            raise ValueError("neither one token per character nor byte-pair encoding")
         if long := [token for token in vocab if len(token) != 1]:
             raise ValueError(f"token {long[0]!r} is not one character")
         return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        name = "vocab.json" if (directory / "vocab.json").exists() else "tokenizer.json"
-        raise ValueError(f"{directory / name}: not a tokenizer that this package reads: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{source}: {name}: not a tokenizer that this package reads: {error}") from None
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
@@ -169,7 +180,7 @@ _GPT2_SHA256 = {
 }
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's files write each byte as a visible character: itself, or for the invisible ones the next
     code point from 256 on (bytes_to_unicode in OpenAI's encoder.py)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

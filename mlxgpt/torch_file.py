@@ -20,7 +20,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import decode_long, encode_long  # two's complement; nothing else of pickle's is used
 from typing import Any, BinaryIO, NoReturn
@@ -61,6 +61,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    memory: Any = field(default=None, repr=False, compare=False)  # equal for two views of the same elements
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +170,7 @@ def _tensor(storage: _Storage, offset: Any, shape: Any, stride: Any) -> Tensor:
         raw = storage.view(offset * dtype.itemsize, span * dtype.itemsize)
         return np.ndarray(shape, dtype, raw, strides=strides)
 
-    return Tensor(storage.dtype, shape, read)
+    return Tensor(storage.dtype, shape, read, (id(storage), offset, stride))
 
 
 def _sizes(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_gpt2_files_there_and_back(tmp_path):
     [
         ({"tokenizer.json": "{"}, "tokenizer.json: not a tokenizer"),
         ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"ab": 0}}}'}, "'ab' is not one character"),
-        ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"a": 1}}}'}, "not a character tokenizer"),
+        ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"a": 1}}}'}, "neither one token per character"),
         ({"tokenizer.json": "[]"}, "tokenizer.json: not a tokenizer"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "#version\na b\n"}, "vocab.json: not a tokenizer"),
     ],
@@ -113,3 +114,17 @@ def test_bad_files_are_named(tmp_path, files, message):
 def test_a_directory_without_a_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("merges", [lambda pairs: pairs, lambda pairs: [pair.split(" ") for pair in pairs]])
+def test_byte_pairs_in_one_json_file(merges):
+    """As transformers' fast tokenizers save GPT-2's, older ones with merges as strings."""
+    files = tokenizer.BPETokenizer.gpt2().files()
+    vocab = json.loads(files["vocab.json"])
+    pairs = files["merges.txt"].decode().splitlines()[1:]
+    end = {"id": vocab.pop(tokenizer.END_OF_TEXT), "content": tokenizer.END_OF_TEXT}
+    content = {"added_tokens": [end], "model": {"type": "BPE", "vocab": vocab, "merges": merges(pairs)}}
+    loaded = tokenizer.from_files({"tokenizer.json": json.dumps(content).encode()}, "here")
+    text = "Hello, wörld 123\n\n\tdef f(x):"
+    assert loaded.encode(text).tolist() == tokenizer.BPETokenizer.gpt2().encode(text).tolist()
+    assert loaded.end_of_text == 50256

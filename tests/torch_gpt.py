@@ -15,8 +15,9 @@ class Block(nn.Module):
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
         self.approximate = "tanh" if activation == "gelu_new" else "none"
-        self.ln_1, self.ln_2 = (nn.LayerNorm(C, bias=bias) for _ in range(2))
+        self.ln_1 = nn.LayerNorm(C, bias=bias)  # in nanoGPT's order, which its optimizer's state follows
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C, bias), "c_proj": nn.Linear(C, C, bias)})
+        self.ln_2 = nn.LayerNorm(C, bias=bias)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C, bias), "c_proj": nn.Linear(4 * C, C, bias)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,9 @@
+"""Converts GPT-2 weights between PyTorch, Hugging Face, nanoGPT, llm.c, GGUF and model directories.
+
+python scripts/convert_weights.py SRC DST [--to mlxgpt|nanogpt|gguf|safetensors]
+"""
+
+from mlxgpt import cli, convert_weights
+
+if __name__ == "__main__":
+    cli.run("convert_weights", convert_weights.main)
