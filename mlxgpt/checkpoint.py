@@ -185,6 +185,9 @@ def load_model(directory: Path) -> GPT:
     if config.tied_head and (head := weights.pop("lm_head.weight", None)) is not None:
         if "wte.weight" not in weights or not mx.array_equal(head, weights["wte.weight"]).item():
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
+    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    if len(layers) < config.n_layer:  # before a model of so many is made
+        raise ValueError(f"{path}: {len(layers)} layers, config.json says {config.n_layer}")
     model = GPT(config)
     expected = {
         name: tuple(reversed(p.shape)) if conv1d and is_conv1d(name) else tuple(p.shape)

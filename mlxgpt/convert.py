@@ -38,6 +38,7 @@ SETTINGS = (  # of nanoGPT's config, those that TrainConfig has under the same n
     "learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr", "max_iters", "weight_decay", "beta1",
     "beta2", "grad_clip", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval",
 )  # fmt: skip
+_MOST_BESIDE = 200_000_000  # bytes of a file that is not weights
 GROUP_SIZE = 64  # of quantized weights
 GPT2_VOCABULARY = (50257, 50304)  # as it is, and as nanoGPT and llm.c pad it to a multiple of 64
 
@@ -98,7 +99,7 @@ def _files_of(directory: Path) -> list[Path]:
         index = directory / f"{name}.index.json"
         if index.is_file():
             try:
-                shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                shards = sorted(set(json.loads(_small(index))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{index}: not an index of shards: it has no weight_map") from None
             for shard in shards:
@@ -136,10 +137,11 @@ def _hugging_face(
     configured, ours = (directory / "config.json").is_file(), False
     notes = []
     if configured:
-        config, said = checkpoint.load_config(directory), json.loads((directory / "config.json").read_bytes())
-        if "quantization" in said:
+        text = _small(directory / "config.json")
+        config, names = checkpoint.load_config(directory), json.loads(text).keys()
+        if "quantization" in names:
             raise ValueError(f"{directory}: it is quantized: convert what it was made from")
-        ours = "mlxgpt" in said
+        ours = "mlxgpt" in names
     else:
         config, note = _config_of(tensors, n_head, files[0], "gelu_new" if conv1d else "gelu")
         notes.append(f"there is no config.json: {note}")
@@ -172,7 +174,7 @@ def _add_training_state(model: Checkpoint, directory: Path) -> None:
         raise ValueError(f"{path}: its averages are not those of the model's {len(model.tensors)} parameters")
     model.averages = averages
     if (directory / NANOGPT).is_file():
-        model.nanogpt = json.loads((directory / NANOGPT).read_bytes())
+        model.nanogpt = json.loads(_small(directory / NANOGPT))
 
 
 def _nanogpt(path: Path, content: dict[str, Any], meta: Path | None) -> Checkpoint:
@@ -258,20 +260,21 @@ def _llmc(path: Path) -> Checkpoint:
     if padded < V:
         raise ValueError(f"{path}: the padded vocabulary is {padded}, expected at least vocab_size = {V}")
     dtype = "float32" if version == 3 else "bfloat16"
-    kinds: list[tuple[str, tuple[int, ...]]] = [("ln_1.weight", (C,)), ("ln_1.bias", (C,))]
-    for module, shape in (("attn.c_attn", (3 * C, C)), ("attn.c_proj", (C, C))):
-        kinds += [(f"{module}.weight", shape), (f"{module}.bias", shape[:1])]
-    kinds += [("ln_2.weight", (C,)), ("ln_2.bias", (C,))]
-    for module, shape in (("mlp.c_fc", (4 * C, C)), ("mlp.c_proj", (C, 4 * C))):
-        kinds += [(f"{module}.weight", shape), (f"{module}.bias", shape[:1])]
-    order = [("wte.weight", (padded, C)), ("wpe.weight", (T, C))]
-    order += [(f"h.{layer}.{kind}", shape) for kind, shape in kinds for layer in range(L)]  # type: ignore[misc]
-    order += [("ln_f.weight", (C,)), ("ln_f.bias", (C,))]  # type: ignore[list-item]
     item = safetensors_file.numpy_dtype(dtype)
     at, size, tensors = 1024, path.stat().st_size, {}
-    expected = at + item.itemsize * sum(math.prod(shape) for _, shape in order)
+    # before anything is made that a lying header could make large
+    expected = at + item.itemsize * ((padded + T) * C + L * (12 * C + 13) * C + 2 * C)
     if size != expected:
         raise ValueError(f"{path}: {size} bytes, expected {expected} for its header's sizes")
+    kinds: list[tuple[str, tuple[int, ...]]] = [("ln_1.weight", (C,)), ("ln_1.bias", (C,))]
+    for module, matrix in (("attn.c_attn", (3 * C, C)), ("attn.c_proj", (C, C))):
+        kinds += [(f"{module}.weight", matrix), (f"{module}.bias", matrix[:1])]
+    kinds += [("ln_2.weight", (C,)), ("ln_2.bias", (C,))]
+    for module, matrix in (("mlp.c_fc", (4 * C, C)), ("mlp.c_proj", (C, 4 * C))):
+        kinds += [(f"{module}.weight", matrix), (f"{module}.bias", matrix[:1])]
+    order: list[tuple[str, tuple[int, ...]]] = [("wte.weight", (padded, C)), ("wpe.weight", (T, C))]
+    order += [(f"h.{layer}.{kind}", shape) for kind, shape in kinds for layer in range(L)]
+    order += [("ln_f.weight", (C,)), ("ln_f.bias", (C,))]
     for name, shape in order:
         tensors[name] = Tensor(dtype, shape, safetensors_file.mapped(path, at, item, shape))
         at += item.itemsize * math.prod(shape)
@@ -337,6 +340,15 @@ def _config_of(tensors: Mapping[str, Tensor], n_head: int, path: Path, activatio
 
 def _checked(model: Checkpoint, path: Path) -> Checkpoint:
     """The same, if its tensors are those of its config. A head of its own is one of them."""
+    layers = {name.split(".")[1] for name in model.tensors if name.startswith("h.")}
+    if len(layers) != model.config.n_layer:  # before a model of so many is made
+        raise ValueError(f"{path}: {len(layers)} layers, its config says {model.config.n_layer}")
+    for name, shape in (
+        ("wte.weight", (model.config.vocab_size, model.config.n_embd)),
+        ("wpe.weight", (model.config.block_size, model.config.n_embd)),
+    ):
+        if name in model.tensors and model.tensors[name].shape != shape:
+            raise ValueError(f"{path}: {name} is {model.tensors[name].shape}, expected {shape} for its config")
     if "lm_head.weight" in model.tensors and model.config.tied_head:
         model.config = dataclasses.replace(model.config, tied_head=False)
     shapes = _shapes(model.config)
@@ -358,8 +370,15 @@ def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in GPT(config).named_weights().items()}
 
 
+def _small(path: Path) -> bytes:
+    """The content of a file beside the weights. ValueError for one that is too large to be it."""
+    if (size := path.stat().st_size) > _MOST_BESIDE:
+        raise ValueError(f"{path}: {size} bytes, expected at most {_MOST_BESIDE}")
+    return path.read_bytes()
+
+
 def _tokenizer_files(directory: Path) -> dict[str, bytes]:
-    return {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
+    return {name: _small(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
 
 
 def _add_tokenizer(model: Checkpoint, directory: Path, meta: Path | None) -> None:
@@ -376,7 +395,7 @@ def _add_tokenizer(model: Checkpoint, directory: Path, meta: Path | None) -> Non
 
 def _characters(meta: Path, vocab_size: int) -> tokenizer.CharTokenizer:
     """What nanoGPT's prepare.py writes: {"itos": {0: "\\n", ...}, ...}, read as data."""
-    content = torch_file.read_pickle(meta.read_bytes(), str(meta))
+    content = torch_file.read_pickle(_small(meta), str(meta))
     itos = content.get("itos") if isinstance(content, dict) else None
     if not isinstance(itos, dict) or sorted(itos) != list(range(len(itos))) or not itos:
         raise ValueError(f"{meta}: not nanoGPT's meta.pkl: itos must number the characters from 0 on")

@@ -15,6 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from golden import GOLDEN
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mlxgpt import checkpoint, convert, safetensors_file, tokenizer, torch_file, train
 from mlxgpt.config import GPTConfig, TrainConfig
@@ -344,6 +346,53 @@ def test_a_safetensors_header_that_lies(tmp_path, lie):
     with pytest.raises(ValueError, match="safetensors") as error:
         safetensors_file.read(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["n_layer", "n_embd", "vocab_size", "n_positions"])
+def test_a_config_that_claims_too_much_allocates_nothing(tmp_path, setting):
+    convert.write_directory(tmp_path / "model", random_model(), 0, lambda n: None)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config[setting] = 3 * 10**9
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="3000000000"):
+        convert.read(tmp_path / "model")
+
+
+def test_llmc_headers_that_claim_too_much(tmp_path):
+    write_llmc(tmp_path / "gpt2.bin", random_model(), 3, padded=64)
+    data = bytearray((tmp_path / "gpt2.bin").read_bytes())
+    for field in range(2, 8):
+        for value in (0, -1, 2**31 - 1):
+            lie = bytearray(data)
+            lie[4 * field : 4 * field + 4] = struct.pack("<i", value)
+            (tmp_path / "lie.bin").write_bytes(lie)
+            with pytest.raises(ValueError, match=r"lie\.bin"):
+                convert.read(tmp_path / "lie.bin")
+
+
+SOURCES = {
+    "safetensors": (GOLDEN / "hf_gpt2" / "model.safetensors").read_bytes(),
+    "pt": (GOLDEN / "nanogpt.pt").read_bytes(),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_are_refused_or_read(tmp_path, kind, data):
+    """Bytes changed, most of them where the structure is, or the end cut off: an error in one line, or a model."""
+    content = bytearray(SOURCES[kind])
+    ends = st.integers(0, 3000) | st.integers(-8000, -1) | st.integers(0, len(content) - 1)
+    for at in data.draw(st.lists(ends, max_size=4)):
+        content[at] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))]
+    path = tmp_path / f"damaged.{kind}"
+    path.write_bytes(content)
+    try:
+        for tensor in convert.read(path, n_head=2).tensors.values():
+            tensor.read()
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
 
 
 def test_usage(tmp_path):
