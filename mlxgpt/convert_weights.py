@@ -43,16 +43,25 @@ def main(args: Sequence[str]) -> None:
         model = convert.with_dtype(model, config.dtype)
     model.notes += _warnings(model, config)
     start = time.perf_counter()
-    with _appearing(destination) as temporary, _progress(model, console) as done:
-        if config.to == "mlxgpt":
-            convert.write_directory(temporary, model, config.quantize, done)
-        elif config.to == "nanogpt":
-            convert.write_nanogpt(temporary, model, done)
-        elif config.to == "safetensors":
-            safetensors_file.write(temporary, convert.hugging_face_tensors(model), done)
-        else:
-            convert.write_gguf(temporary, model, destination.stem, done)
+    try:
+        with _appearing(destination) as temporary, _progress(model, console) as done:
+            _write(temporary, model, config, destination.stem, done)
+    except OSError as error:  # it would name the temporary file, or none
+        raise OSError(f"{destination} can't be written: {error.strerror or error}") from None
     _summary(console, model, config, time.perf_counter() - start)
+
+
+def _write(
+    path: Path, model: convert.Checkpoint, config: ConvertConfig, name: str, done: Callable[[int], None]
+) -> None:
+    if config.to == "mlxgpt":
+        convert.write_directory(path, model, config.quantize, done)
+    elif config.to == "nanogpt":
+        convert.write_nanogpt(path, model, done)
+    elif config.to == "safetensors":
+        safetensors_file.write(path, convert.hugging_face_tensors(model), done)
+    else:
+        convert.write_gguf(path, model, name, done)
 
 
 def _refuse_what_is_there(destination: Path, config: ConvertConfig) -> None:
@@ -97,7 +106,7 @@ def _appearing(destination: Path) -> Iterator[Path]:
 def _progress(model: convert.Checkpoint, console: Console) -> Iterator[Callable[[int], None]]:
     total = sum(_nbytes(t) for t in (*model.tensors.values(), *model.averages.values()))
     columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)
 
