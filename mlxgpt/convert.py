@@ -585,15 +585,22 @@ def quantized_tensors(model: Checkpoint, bits: int) -> dict[str, Tensor]:
 
 
 def _quantized(name: str, tensor: Tensor, bits: int) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}  # when the first part is read, and let go as each is
+    made: dict[str, np.ndarray] = {}  # when the first part is read, and let go as each is
+
+    def make() -> None:
+        parts: dict[str, list[np.ndarray]] = {}
+        for rows in _blocks(tensor):  # each row has groups of its own
+            # from its values' float32, since NumPy has no bfloat16
+            block = mx.array(to_float32(tensor.read()[rows], tensor.dtype)).astype(getattr(mx, tensor.dtype))
+            for part, array in checkpoint.quantize({name: block}, bits, GROUP_SIZE).items():
+                parts.setdefault(part, []).append(_of_mlx(array))
+        made.update({part: np.concatenate(arrays) for part, arrays in parts.items()})
 
     def part(of: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
             if of not in made:
-                # from its values' float32, since NumPy has no bfloat16
-                weight = mx.array(to_float32(tensor.read(), tensor.dtype)).astype(getattr(mx, tensor.dtype))
-                made.update({n: _of_mlx(a) for n, a in checkpoint.quantize({name: weight}, bits, GROUP_SIZE).items()})
-            return made.pop(of).read()
+                make()
+            return made.pop(of)
 
         return read
 
@@ -606,11 +613,9 @@ def _dtype_of(array: mx.array) -> str:
     return str(array.dtype).removeprefix("mlx.core.")
 
 
-def _of_mlx(array: mx.array) -> Tensor:
-    mx.eval(array)
-    dtype = _dtype_of(array)
-    bits = np.array(array.view(mx.uint16) if dtype == "bfloat16" else array)
-    return Tensor(dtype, tuple(array.shape), lambda: bits)
+def _of_mlx(array: mx.array) -> np.ndarray:
+    """As Tensor.read gives it."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
 def write_directory(directory: Path, model: Checkpoint, bits: int, done: Callable[[int], None]) -> None:
