@@ -727,7 +727,8 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
     padding = -(archive.start_dir + header) % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=zip64) as entry:
-        entry.write(content)
+        for start in range(0, len(content), 1 << 20):  # what the CRC is computed of is still in the cache
+            entry.write(content[start : start + (1 << 20)])
     info.extra = b""  # not in the directory
 
 
