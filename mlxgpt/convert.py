@@ -192,6 +192,7 @@ def _nanogpt(path: Path, content: dict[str, Any], meta: Path | None) -> Checkpoi
     _add_tokenizer(result, path.parent, meta)
     best = content.get("best_val_loss")
     best = float(np.asarray(best.read())) if isinstance(best, Tensor) else best
+    best = best if isinstance(best, (int, float)) and math.isfinite(best) else None
     result.nanogpt = {"iter_num": content.get("iter_num"), "best_val_loss": best, "config": content.get("config")}
     result.nanogpt = _plain(result.nanogpt)
     optimizer = content.get("optimizer")
@@ -622,7 +623,12 @@ def write_directory(directory: Path, model: Checkpoint, bits: int, done: Callabl
     """A model directory: Hugging Face's form, or with bits = 8 or 4 that of mlx_lm's quantized models."""
     directory.mkdir()
     groups = {"group_size": GROUP_SIZE, "bits": bits} if bits else None
-    config = checkpoint.config_json(model.config, tokenizer_of(model), model.dtype, groups)
+    try:
+        text = tokenizer_of(model)
+    except ValueError as error:  # its files come along all the same, for others to read
+        model.notes.append(str(error))
+        text = None
+    config = checkpoint.config_json(model.config, text, model.dtype, groups)
     files = {"config.json": config, **model.tokenizer_files}
     if model.nanogpt:
         files[NANOGPT] = (json.dumps(model.nanogpt, indent=2) + "\n").encode()

@@ -246,6 +246,15 @@ def test_characters_come_along(tmp_path):
     assert pickle.loads((back / "meta.pkl").read_bytes()) == meta
 
 
+def test_a_tokenizer_of_another_kind_comes_along_with_a_note(tmp_path):
+    convert.write_directory(tmp_path / "model", random_model(), 0, lambda n: None)
+    other = json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+    (tmp_path / "model" / "tokenizer.json").write_text(other)
+    result = command(tmp_path / "model", tmp_path / "again")
+    assert result.returncode == 0 and "not a tokenizer that this package reads" in " ".join(result.stderr.split())
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == other
+
+
 # ---- what is refused ----
 
 
