@@ -438,10 +438,17 @@ def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
         return tensor
 
     def rounded(values: np.ndarray) -> np.ndarray:
-        if dtype == "bfloat16":
+        if dtype == "bfloat16":  # its bits are float32's upper half
             bits = np.ascontiguousarray(values).view(np.uint32)
-            even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            return np.where(np.isnan(values), (bits >> 16) | 0x40, even).astype(np.uint16)
+            even = bits >> 16
+            even &= 1
+            even += 0x7FFF
+            even += bits
+            even >>= 16
+            result = even.astype(np.uint16)
+            if (nan := np.isnan(values)).any():  # which rounding could make an infinity of
+                result[nan] = (bits[nan] >> 16) | 0x40
+            return result
         with np.errstate(over="ignore"):
             result = values.astype(dtype)
         if dtype == "float16" and not np.array_equal(np.isinf(result), np.isinf(values)):
