@@ -195,7 +195,7 @@ def test_a_converted_model_computes_the_same(tmp_path, ids):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_cast_rounds_to_the_nearest(dtype):
     values = np.random.default_rng(0).standard_normal(10000).astype(np.float32) * 10.0 ** np.arange(-8, 2).repeat(1000)
-    values = np.concatenate([values.astype(np.float32), [0.0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8]])
+    values = np.concatenate([values.astype(np.float32), [0.0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8]])
     values = values.astype(np.float32)
     tensor = convert.cast("x", Tensor("float32", values.shape, lambda: values), dtype)
     expected = np.array(mx.array(values).astype(getattr(mx, dtype)).astype(mx.float32))
