@@ -22,7 +22,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -402,14 +402,16 @@ def _write_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
 
 def with_zero_biases(weights: dict[str, mx.array], config: GPTConfig) -> dict[str, mx.array]:
     """Some of a model's weights, by our names; of one without biases with the zeros that other programs want to see."""
+    biases = missing_biases(weights, config)
+    return weights | {bias: mx.zeros(weights[of].shape[:1], weights[of].dtype) for bias, of in biases.items()}
+
+
+def missing_biases(names: Iterable[str], config: GPTConfig) -> dict[str, str]:
+    """The biases that a model without them leaves out, each with the name of the weight that it would go with."""
     if config.bias:
-        return weights
-    biases = {
-        name.removesuffix("weight") + "bias": mx.zeros(p.shape[:1], p.dtype)
-        for name, p in weights.items()
-        if name not in ("wte.weight", "wpe.weight", "lm_head.weight")
-    }
-    return weights | biases
+        return {}
+    embeddings = ("wte.weight", "wpe.weight", "lm_head.weight")
+    return {name.removesuffix("weight") + "bias": name for name in names if name not in embeddings}
 
 
 def file_name(name: str, config: GPTConfig) -> str:

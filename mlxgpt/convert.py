@@ -528,12 +528,9 @@ def hugging_face_tensors(model: Checkpoint) -> dict[str, Tensor]:
 
 
 def _with_biases(model: Checkpoint) -> dict[str, Tensor]:
-    tensors = {}
-    for name, tensor in model.tensors.items():
-        tensors[name] = tensor
-        if not model.config.bias and name not in ("wte.weight", "wpe.weight", "lm_head.weight"):
-            tensors[name.removesuffix("weight") + "bias"] = _zeros(tensor.dtype, tensor.shape[0])
-    return tensors
+    biases = checkpoint.missing_biases(model.tensors, model.config)
+    like = {bias: model.tensors[of] for bias, of in biases.items()}
+    return model.tensors | {bias: _zeros(of.dtype, of.shape[0]) for bias, of in like.items()}
 
 
 def _zeros(dtype: str, n: int) -> Tensor:

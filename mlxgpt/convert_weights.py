@@ -27,7 +27,6 @@ from rich.table import Table
 
 from . import cli, convert, gguf_file, safetensors_file
 from .config import ConvertConfig
-from .torch_file import Tensor
 
 
 def main(args: Sequence[str]) -> None:
@@ -104,15 +103,11 @@ def _appearing(destination: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _progress(model: convert.Checkpoint, console: Console) -> Iterator[Callable[[int], None]]:
-    total = sum(_nbytes(t) for t in (*model.tensors.values(), *model.averages.values()))
+    total = sum(t.nbytes for t in (*model.tensors.values(), *model.averages.values()))
     columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * safetensors_file.numpy_dtype(tensor.dtype).itemsize
 
 
 def _warnings(model: convert.Checkpoint, config: ConvertConfig) -> list[str]:
@@ -134,7 +129,7 @@ def _warnings(model: convert.Checkpoint, config: ConvertConfig) -> list[str]:
 
 def _summary(console: Console, model: convert.Checkpoint, config: ConvertConfig, seconds: float) -> None:
     n = sum(math.prod(t.shape) for t in model.tensors.values())
-    size = sum(map(_nbytes, model.tensors.values()))
+    size = sum(t.nbytes for t in model.tensors.values())
     rows = [
         ("source", f"{config.source}: {model.source}"),
         ("model", f"{model.config.n_layer} layers, {model.config.n_head} heads, {model.config.n_embd} wide, "
