@@ -581,6 +581,15 @@ def tokenizer_of(model: Checkpoint) -> tokenizer.Tokenizer | None:
     return model.tokenizer
 
 
+def _tokenizer_if_read(model: Checkpoint) -> tokenizer.Tokenizer | None:
+    """The same, but None with a note for a kind that isn't read: the weights can do without."""
+    try:
+        return tokenizer_of(model)
+    except ValueError as error:
+        model.notes.append(str(error))
+        return None
+
+
 def quantized_tensors(model: Checkpoint, bits: int) -> dict[str, Tensor]:
     """What checkpoint.quantize makes of all weights, a tensor at a time."""
     tensors: dict[str, Tensor] = {}
@@ -627,12 +636,7 @@ def write_directory(directory: Path, model: Checkpoint, bits: int, done: Callabl
     """A model directory: Hugging Face's form, or with bits = 8 or 4 that of mlx_lm's quantized models."""
     directory.mkdir()
     groups = {"group_size": GROUP_SIZE, "bits": bits} if bits else None
-    try:
-        text = tokenizer_of(model)
-    except ValueError as error:  # its files come along all the same, for others to read
-        model.notes.append(str(error))
-        text = None
-    config = checkpoint.config_json(model.config, text, model.dtype, groups)
+    config = checkpoint.config_json(model.config, _tokenizer_if_read(model), model.dtype, groups)
     files = {"config.json": config, **model.tokenizer_files}
     if model.nanogpt:
         files[NANOGPT] = (json.dumps(model.nanogpt, indent=2) + "\n").encode()
@@ -651,7 +655,7 @@ def write_nanogpt(directory: Path, model: Checkpoint, done: Callable[[int], None
     """nanoGPT's out_dir: ckpt.pt, and meta.pkl with the characters, which its sample.py looks for in data/."""
     directory.mkdir()
     torch_file.write(directory / "ckpt.pt", _watched(nanogpt_content(model), done))
-    text = tokenizer_of(model)
+    text = _tokenizer_if_read(model)
     if isinstance(text, tokenizer.CharTokenizer):
         numbered = dict(enumerate(text.characters))
         meta = {"vocab_size": text.vocab_size, "itos": numbered, "stoi": {c: i for i, c in numbered.items()}}

@@ -253,6 +253,8 @@ def test_a_tokenizer_of_another_kind_comes_along_with_a_note(tmp_path):
     result = command(tmp_path / "model", tmp_path / "again")
     assert result.returncode == 0 and "not a tokenizer that this package reads" in " ".join(result.stderr.split())
     assert (tmp_path / "again" / "tokenizer.json").read_text() == other
+    result = command(tmp_path / "model", tmp_path / "nanogpt", "--to", "nanogpt")
+    assert result.returncode == 0 and "not a tokenizer that this package reads" in " ".join(result.stderr.split())
 
 
 # ---- what is refused ----
