@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import mlx.core as mx
-
 from . import checkpoint, cli, ops, tokenizer
 from .config import SampleConfig
+from .decoding import Decoder
+from .sampling import Sampler
 
 
 def stream_text(tokens: Iterable[int], decoder: tokenizer.Tokenizer) -> Iterator[str]:
@@ -34,18 +34,12 @@ def main(args: Sequence[str]) -> None:
         prompt = text.encode(config.prompt).tolist() or [text.start]
     except ValueError as error:
         raise ValueError(f"prompt: {error}") from None
-    ids = mx.array([prompt], mx.int32)  # (1, T)
     for n in range(config.num_samples):
         if n:
             print("\n---------------")
-        tokens = model.generate(
-            ids,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=config.seed + n,
-            vocab_size=text.vocab_size,
-        )
-        new = (int(token) for token in itertools.islice(tokens, config.max_new_tokens))
+        sampler = Sampler(temperature=config.temperature, top_k=config.top_k, seed=config.seed + n)
+        steps = Decoder(model, [prompt], sampler, vocab_size=text.vocab_size)
+        new = (int(step.tokens[0]) for step in itertools.islice(steps, config.max_new_tokens))
         until_end = itertools.takewhile(lambda token: token != text.end_of_text, new)
         sys.stdout.write(config.prompt)
         for piece in stream_text(until_end, text):
