@@ -103,14 +103,21 @@ struct Memory {
     }
 };
 
-/// An array of floats.
+/// Letters of the buffer protocol, and words for them. It has no bfloat16: that comes as its bits in uint16.
+struct Types {
+    const char *letters, *text;
+};
+constexpr Types kFloats{"feH", "float32 ('f'), float16 ('e') or bfloat16 bits in uint16 ('H')"};
+constexpr Types kWeights{
+    "feHI", "float32 ('f'), float16 ('e'), bfloat16 bits in uint16 ('H') or quantized words in uint32 ('I')"};
+
+/// An array of floats, or of whatever else `types` has.
 struct Array : Memory {
     Storage storage = Storage::kFloat32;
 
-    Array(const char* where_, const std::string& name_, const py::buffer& buffer, Access access)
-        // The buffer protocol has no bfloat16: it comes as its bits in uint16.
-        : Memory(where_, name_, buffer, access, "feH",
-                 "float32 ('f'), float16 ('e') or bfloat16 bits in uint16 ('H')") {
+    Array(const char* where_, const std::string& name_, const py::buffer& buffer, Access access,
+          Types types = kFloats)
+        : Memory(where_, name_, buffer, access, types.letters, types.text) {
         if (type() == 'H') storage = Storage::kBFloat16;
         if (type() == 'e') storage = Storage::kFloat16;
     }
@@ -130,7 +137,7 @@ struct Array : Memory {
     }
 
     void expect_float32() const {
-        if (storage != Storage::kFloat32)
+        if (type() != 'f')
             fail(where, name + " has buffer format '" + info.format + "', expected float32 ('f')");
     }
 
@@ -160,11 +167,11 @@ struct Values {
     std::string where, name;
 
     /// That each is in [least, limit).
-    void expect_within(int least, py::ssize_t limit) const {
+    void expect_within(int least, py::ssize_t limit, const char* what = "id") const {
         for (py::ssize_t i = 0; i < size; ++i)
             if (data[i] < least || data[i] >= limit)
                 fail(where, name + " holds " + std::to_string(data[i]) + ", expected " +
-                                (least < 0 ? "-1 or " : "") + "0 <= id < " + std::to_string(limit));
+                                (least < 0 ? "-1 or " : "") + "0 <= " + what + " < " + std::to_string(limit));
     }
 };
 
@@ -420,23 +427,29 @@ using MaybeBuffer = std::optional<py::buffer>;
 struct MaybeArray {
     std::optional<Array> array;
 
-    MaybeArray(const char* where, const char* name, const MaybeBuffer& buffer, Access access) {
-        if (buffer) array.emplace(where, name, *buffer, access);
+    MaybeArray(const char* where, const char* name, const MaybeBuffer& buffer, Access access,
+               Types types = kFloats) {
+        if (buffer) array.emplace(where, name, *buffer, access, types);
     }
     operator const Array*() const { return array ? &*array : nullptr; }
     const Array* operator->() const { return &*array; }
 };
 
-/// A matrix for a BLAS: its rows are contiguous and lie behind one another.
-Rows matrix(const Array& a) {
-    a.expect_float32();
+/// The elements from one row of a matrix to the next: rows are contiguous and lie behind one another.
+py::ssize_t stride_of_rows(const Array& a) {
     a.expect_unit_stride();
     const auto rows = a.info.shape[0], columns = a.info.shape[1];
-    const auto stride = rows > 1 ? a.info.strides[0] / 4 : columns;
+    const auto stride = rows > 1 ? a.info.strides[0] / a.info.itemsize : columns;
     if (stride < columns || stride > INT32_MAX)
         fail(a.where, a.name + " has rows " + std::to_string(stride) + " elements apart, expected " +
                           std::to_string(columns) + " or more");
-    return {static_cast<float*>(a.info.ptr), stride};
+    return stride;
+}
+
+/// A matrix for a BLAS.
+Rows matrix(const Array& a) {
+    a.expect_float32();
+    return {static_cast<float*>(a.info.ptr), stride_of_rows(a)};
 }
 
 /// Checks a matrix's shape; gives its rows, none for None.
@@ -444,6 +457,49 @@ Rows matrix(const MaybeArray& a, py::ssize_t rows, py::ssize_t columns) {
     if (!a) return {};
     a->expect_shape({rows, columns});
     return matrix(*a.array);
+}
+
+/// Checks weights (rows, columns) in any storage. Quantized ones, and they alone, have scales and biases,
+/// whose shapes tell bits and group.
+Weights weights_of(const Array& a, const MaybeArray& scales, const MaybeArray& biases, py::ssize_t rows,
+                   py::ssize_t columns) {
+    Weights weights;
+    weights.data = a.info.ptr;
+    weights.storage = a.storage;
+    if (a.type() != 'I') {
+        for (const MaybeArray* other : {&scales, &biases})
+            if (*other)
+                fail(a.where, (*other)->name + " is given and " + a.name + " has buffer format '" +
+                                  a.info.format + "', expected quantized words in uint32 ('I')");
+        a.expect_shape({rows, columns});
+        weights.stride = stride_of_rows(a);
+        return weights;
+    }
+    if (!scales || !biases) fail(a.where, a.name + " is quantized, expected scales and biases");
+    const py::ssize_t words = a.info.ndim == 2 ? a.info.shape[1] : 0;
+    weights.bits = words * 8 == columns ? 4 : 8;
+    const auto in_words = [&](int bits) {
+        return shape_text(std::vector<py::ssize_t>{rows, columns * bits / 32});
+    };
+    if (a.info.ndim != 2 || a.info.shape[0] != rows || words * 32 != columns * weights.bits)
+        fail(a.where, a.name + " is " + shape_text(a.info.shape) + ", expected " + in_words(4) +
+                          " words for 4 bits or " + in_words(8) + " for 8 bits an element");
+    const py::ssize_t groups = scales->info.ndim == 2 ? scales->info.shape[1] : 0;
+    for (const int group : {32, 64, 128})
+        if (groups * group == columns) weights.group = group;
+    if (weights.group == 0 || scales->info.shape[0] != rows)
+        fail(a.where, "scales is " + shape_text(scales->info.shape) + ", expected (" + std::to_string(rows) +
+                          ", n) with n groups of 32, 64 or 128 in " + std::to_string(columns) + " elements");
+    biases->expect_shape({rows, groups});
+    biases->expect_storage(*scales.array);
+    scales->expect_contiguous();
+    biases->expect_contiguous();
+    weights.stride = stride_of_rows(a);
+    weights.storage = scales->storage;
+    weights.scales = scales->info.ptr;
+    weights.biases = biases->info.ptr;
+    weights.scale_stride = groups;
+    return weights;
 }
 
 float* contiguous(const MaybeArray& a, std::initializer_list<py::ssize_t> shape) {
@@ -464,29 +520,32 @@ Gelu gelu_named(const char* where, const std::string& name) {
 
 void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const MaybeBuffer& bias_,
                        const py::buffer& out_, const MaybeBuffer& residual_, const MaybeBuffer& activated_,
-                       const std::string& activation) {
+                       const std::string& activation, const MaybeBuffer& scales_,
+                       const MaybeBuffer& biases_) {
     const char* where = "linear";
-    MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+    MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead, kWeights),
+        scales(where, "scales", scales_, Access::kRead), biases(where, "biases", biases_, Access::kRead),
         bias(where, "bias", bias_, Access::kRead), residual(where, "residual", residual_, Access::kRead),
         out(where, "out", out_, Access::kWrite), activated(where, "activated", activated_, Access::kWrite);
     expect_matrix(*x.array, "(rows, n_in)");
     expect_matrix(*out.array, "(rows, n_out)");
     const auto rows = x->info.shape[0], n_in = x->info.shape[1], n_out = out->info.shape[1];
-    expect_distinct({out, activated}, {x, weight, bias, residual});
+    expect_distinct({out, activated}, {x, weight, scales, biases, bias, residual});
     LinearForward call;
     call.rows = static_cast<int>(rows);
     call.n_in = static_cast<int>(n_in);
     call.n_out = static_cast<int>(n_out);
     call.x = matrix(*x.array);
-    call.weight = matrix(weight, n_out, n_in);
+    call.weight = weights_of(*weight.array, scales, biases, n_out, n_in);
     call.bias = contiguous(bias, {n_out});
     call.out = matrix(out, rows, n_out);
     call.residual = matrix(residual, rows, n_out);
     call.activated = matrix(activated, rows, n_out);
     call.gelu = gelu_named(where, activation);
     if (residual && activated) fail(where, "residual and activated are both given, expected one of them");
-    Recording::run([call] { linear_forward(call); }, std::move(x), std::move(weight), std::move(bias),
-                   std::move(out), std::move(residual), std::move(activated));
+    Recording::run([call] { linear_forward(call); }, std::move(x), std::move(weight), std::move(scales),
+                   std::move(biases), std::move(bias), std::move(out), std::move(residual),
+                   std::move(activated));
 }
 
 void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
@@ -603,32 +662,52 @@ std::pair<py::ssize_t, py::ssize_t> batch_of(const Ids& ids) {
 }
 
 void py_embedding_forward(const py::buffer& ids_, const py::buffer& tokens_, const MaybeBuffer& positions_,
-                          const py::buffer& out_, const MaybeBuffer& offsets_) {
+                          const py::buffer& out_, const MaybeBuffer& offsets_, const MaybeBuffer& scales_,
+                          const MaybeBuffer& biases_) {
     const char* where = "embedding";
     Ids ids(where, "ids", ids_);
-    MaybeArray tokens(where, "tokens", tokens_, Access::kRead),
+    MaybeArray tokens(where, "tokens", tokens_, Access::kRead, kWeights),
+        scales(where, "scales", scales_, Access::kRead), biases(where, "biases", biases_, Access::kRead),
         positions(where, "positions", positions_, Access::kRead), out(where, "out", out_, Access::kWrite);
     std::optional<Ids> offsets;
     if (offsets_) offsets.emplace(where, "offsets", *offsets_);
     expect_matrix(*tokens.array, "(V, C)");
     const auto [B, T] = batch_of(ids);
-    const auto V = tokens->info.shape[0], C = tokens->info.shape[1];
-    const auto n_positions = offsets && positions && positions->info.ndim == 2 ? positions->info.shape[0] : T;
-    const float *from = tokens->contiguous(), *at = contiguous(positions, {n_positions, C});
-    float* to = contiguous(out, {B, T, C});
-    expect_distinct({out}, {&ids, tokens, positions, offsets ? &*offsets : nullptr});
-    if (offsets && (offsets->info.ndim != 1 || offsets->info.shape[0] != B))
-        fail(where,
-             "offsets is " + shape_text(offsets->info.shape) + ", expected (" + std::to_string(B) + ",)");
-    const Values rows = ids.values(), starts = offsets ? offsets->values() : Values{};
-    const int b = static_cast<int>(B), t = static_cast<int>(T), c = static_cast<int>(C);
+    if (out->info.ndim != 3) fail(where, "out is " + shape_text(out->info.shape) + ", expected (B, T, C)");
+    const auto V = tokens->info.shape[0], C = out->info.shape[2];
+    EmbeddingForward call;
+    call.B = static_cast<int>(B);
+    call.T = static_cast<int>(T);
+    call.C = static_cast<int>(C);
+    const Values wanted = ids.values();
+    call.ids = wanted.data;
+    call.tokens = weights_of(*tokens.array, scales, biases, V, C);
+    call.out = contiguous(out, {B, T, C});
+    Values starts;
+    py::ssize_t n_starts = 0;
+    if (offsets) {
+        if (!positions) fail(where, "offsets is given without positions");
+        expect_matrix(*positions.array, "(n_positions, C)");
+        const auto n_positions = positions->info.shape[0];
+        if (offsets->info.ndim != 1 || offsets->info.shape[0] != B)
+            fail(where,
+                 "offsets is " + shape_text(offsets->info.shape) + ", expected (" + std::to_string(B) + ",)");
+        call.positions = contiguous(positions, {n_positions, C});
+        starts = offsets->values();
+        n_starts = n_positions - T + 1;
+        call.offsets = starts.data;
+    } else {
+        call.positions = contiguous(positions, {T, C});
+    }
+    expect_distinct({out}, {&ids, tokens, scales, biases, positions, offsets ? &*offsets : nullptr});
     Recording::run(
         [=] {
-            rows.expect_within(0, V);
-            starts.expect_within(0, n_positions - T + 1);
-            embedding_forward(b, t, c, rows.data, from, at, starts.data, to);
+            wanted.expect_within(0, V);
+            starts.expect_within(0, n_starts, "offset");
+            embedding_forward(call);
         },
-        std::move(ids), std::move(tokens), std::move(positions), std::move(out), std::move(offsets));
+        std::move(ids), std::move(tokens), std::move(scales), std::move(biases), std::move(positions),
+        std::move(out), std::move(offsets));
 }
 
 void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, const MaybeBuffer& dtokens_,
@@ -660,9 +739,11 @@ const int32_t* targets_of(const Ids& targets, py::ssize_t N, py::ssize_t V) {
 
 double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, const py::buffer& targets_,
                                const MaybeBuffer& dx_, const MaybeBuffer& dweight_, bool accumulate,
-                               double scale) {
+                               double scale, const MaybeBuffer& scales_, const MaybeBuffer& biases_) {
     const char* where = "linear_cross_entropy";
-    const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+    const MaybeArray x(where, "x", x_, Access::kRead),
+        weight(where, "weight", weight_, Access::kRead, kWeights),
+        scales(where, "scales", scales_, Access::kRead), biases(where, "biases", biases_, Access::kRead),
         dx(where, "dx", dx_, Access::kWrite), dweight(where, "dweight", dweight_, Access::kWrite);
     const Ids targets(where, "targets", targets_);
     expect_matrix(*x.array, "(N, C)");
@@ -673,7 +754,8 @@ double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, 
     call.C = static_cast<int>(C);
     call.V = static_cast<int>(V);
     call.x = matrix(*x.array);
-    call.weight = matrix(weight, V, C);
+    call.weight = weights_of(*weight.array, scales, biases, V, C);
+    if (dx || dweight) weight->expect_float32();
     call.targets = targets_of(targets, N, V);
     call.dx = matrix(dx, N, C);
     call.dweight = matrix(dweight, V, C);
@@ -681,7 +763,7 @@ double py_linear_cross_entropy(const py::buffer& x_, const py::buffer& weight_, 
     call.scale = static_cast<float>(scale);
     if (!std::isfinite(scale))
         fail(where, "scale is " + std::to_string(scale) + ", expected a finite number");
-    expect_distinct({dx, dweight}, {x, weight, &targets});
+    expect_distinct({dx, dweight}, {x, weight, scales, biases, &targets});
     const py::gil_scoped_release release;
     return linear_cross_entropy(call);
 }
@@ -808,10 +890,15 @@ void define_operations(py::module_& m) {
     using namespace py::literals;
     m.def("linear_forward", &py_linear_forward, "x"_a, "weight"_a, "bias"_a.none(true), "out"_a,
           py::kw_only(), "residual"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
+          "scales"_a = py::none(), "biases"_a = py::none(),
           R"(out = x weight^T + bias + residual, or out = x weight^T + bias and activated = gelu(out).
 
 x: (rows, n_in); weight: (n_out, n_in); bias: (n_out,); out, residual, activated: (rows, n_out). Rows may lie
-apart. activation: gelu_new, GPT-2's tanh form, or gelu, the exact one.)");
+apart. activation: gelu_new, GPT-2's tanh form, or gelu, the exact one.
+
+weight may be float32, float16, the bits of bfloat16 in uint16, or quantized as mx.quantize does it with 4 or 8
+bits: words in uint32, (n_out, n_in * bits / 32), with scales and biases (n_out, n_in / group) for groups of 32, 64
+or 128 elements, in any of those three. x is then quantized too where it has few rows, to 16 bits by groups.)");
     m.def("linear_backward", &py_linear_backward, "dout"_a, "x"_a, "weight"_a, "dx"_a.none(true),
           "dweight"_a.none(true), "dbias"_a.none(true), py::kw_only(), "accumulate"_a = false,
           "pre"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
@@ -830,20 +917,22 @@ activated, if given, gelu(pre) again.)");
           "dx"_a, "dweight"_a, "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false,
           "accumulate"_a = false, "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias.");
     m.def("embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
-          py::kw_only(), "offsets"_a = py::none(),
-          "out[b, t] = tokens[ids[b, t]] + positions[offsets[b] + t]. ids: (B, T) int32; tokens: (V, C); "
-          "positions: "
-          "(T, C), or of any length with offsets, (B,) int32; out: (B, T, C).");
+          py::kw_only(), "offsets"_a = py::none(), "scales"_a = py::none(), "biases"_a = py::none(),
+          R"(out[b, t] = tokens[ids[b, t]] + positions[offsets[b] + t].
+
+ids: (B, T) int32; tokens: (V, C), in any storage that linear_forward takes, with scales and biases if quantized;
+positions: (n_positions, C) with offsets (B,) int32, or (T, C) without; out: (B, T, C).)");
     m.def("embedding_backward", &py_embedding_backward, "ids"_a, "dout"_a, "dtokens"_a.none(true),
           "dpositions"_a.none(true),
           "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
     m.def("linear_cross_entropy", &py_linear_cross_entropy, "x"_a, "weight"_a, "targets"_a,
           "dx"_a.none(true) = py::none(), "dweight"_a.none(true) = py::none(), py::kw_only(),
-          "accumulate"_a = false, "scale"_a = 1.0,
+          "accumulate"_a = false, "scale"_a = 1.0, "scales"_a = py::none(), "biases"_a = py::none(),
           R"(Mean of -log softmax(x weight^T)[target] over the targets that are not -1 (0 if there is none).
 
 x: (N, C); weight: (V, C); targets: (N,) int32. Writes scale times the mean's gradients, dx and dweight, unless
-None; with accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.)");
+None; with accumulate, dweight is added to. The (N, V) logits exist for some rows at a time only.
+Without gradients weight may be in any storage that linear_forward takes.)");
     m.def("cross_entropy", &py_cross_entropy, "logits"_a, "targets"_a, "dlogits"_a.none(true) = py::none(),
           "The same of logits (N, V), and their gradient.");
     m.def("adamw", &py_adamw, "parameters"_a, "gradients"_a, "m"_a, "v"_a, "decayed"_a, py::kw_only(),
@@ -867,14 +956,16 @@ PYBIND11_MODULE(_core, m) {
     using namespace mlxgpt;
     using namespace py::literals;
     m.doc() =
-        "CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention may "
-        "also be "
-        "float16, or bfloat16 as uint16.";
+        "CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention, and "
+        "weights where there are no gradients, may also be float16, or bfloat16 as uint16, and weights "
+        "quantized.";
     m.attr("__version__") = MLXGPT_VERSION;
 
     m.def(
         "isa", [] { return kernels().name; },
-        "The instruction set in use: scalar, avx2, avx512 or neon. MLXGPT_ISA overrides the choice.");
+        "The instruction set in use: scalar, avx2, avx512, avx512vnni, neon or neondot. MLXGPT_ISA overrides "
+        "the "
+        "choice.");
     m.def("num_threads", &num_threads,
           "Threads that work on one call. MLXGPT_NUM_THREADS overrides the choice.");
 

@@ -50,19 +50,21 @@ double linear_cross_entropy(const LinearCrossEntropy& call) {
     const bool gradient = call.dx.data != nullptr || call.dweight.data != nullptr;
     const float factor = gradient ? call.scale / static_cast<float>(std::max(1, counted)) : 0.0F;
     const int chunk = std::min(call.N, std::max(kLeastRows, static_cast<int>(kLogits / call.V) / 16 * 16));
-    const Rows logits{scratch(static_cast<size_t>(chunk) * call.V), call.V};
+    const WeightProduct product(call.weight, call.C);
+    const size_t own = product.scratch_size();
+    float* const buffer = scratch(own * num_threads() + static_cast<size_t>(chunk) * call.V);
+    const Rows logits{buffer + own * num_threads(), call.V};
     std::vector<double> losses(call.N);
     for (int first = 0; first < call.N; first += chunk) {
         const int n = std::min(chunk, call.N - first);
         const Rows x{call.x.data + first * call.x.stride, call.x.stride};
         const Blocks forward(n, call.V, call.C);
-        parallel_for(forward.size(), [&](int task, int) {  // logits = x W^T
+        parallel_for(forward.size(), [&](int task, int worker) {  // logits = x W^T
             const Range rows = forward.rows(task), columns = forward.columns(task);
             if (rows.size == 0 || columns.size == 0) return;
-            Operand weight = rows_of(call.weight, columns.begin);
-            weight.transposed = true;
-            gemm(static_cast<int>(rows.size), static_cast<int>(columns.size), call.C, rows_of(x, rows.begin),
-                 weight, 0.0F, logits.data + rows.begin * call.V + columns.begin, call.V);
+            product(static_cast<int>(rows.size), static_cast<int>(columns.size), rows_of(x, rows.begin),
+                    columns.begin, {logits.data + rows.begin * call.V + columns.begin, call.V},
+                    buffer + own * worker);
         });
         rows_of_loss(n, call.V, logits, call.targets + first, gradient, factor, losses.data() + first);
         if (!gradient) continue;
@@ -76,8 +78,9 @@ double linear_cross_entropy(const LinearCrossEntropy& call) {
             if (rows.size == 0 || columns.size == 0) return;
             const int m = static_cast<int>(rows.size), k = static_cast<int>(columns.size);
             if (is_dx) {  // dx = dlogits W
-                const Rows weight{call.weight.data + columns.begin, call.weight.stride};
-                gemm(m, k, call.V, rows_of(logits, rows.begin), rows_of(weight), 0.0F,
+                const auto* weight = static_cast<const float*>(call.weight.data) + columns.begin;
+                gemm(m, k, call.V, rows_of(logits, rows.begin),
+                     {weight, static_cast<int>(call.weight.stride)}, 0.0F,
                      call.dx.data + (first + rows.begin) * call.dx.stride + columns.begin,
                      static_cast<int>(call.dx.stride));
             } else {  // dW = dlogits^T x

@@ -10,7 +10,8 @@ namespace mlxgpt {
 /// logits = x W^T with x (N, C) and weight (V, C); the targets (N,) are in [0, V), or -1 to be ignored.
 struct LinearCrossEntropy {
     int N = 0, C = 0, V = 0;
-    Rows x, weight;
+    Rows x;
+    Weights weight;  // float32, if there are gradients
     const int32_t* targets = nullptr;
     Rows dx, dweight;         // null where they are not wanted
     bool accumulate = false;  // add to dweight

@@ -6,6 +6,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace mlxgpt {
@@ -14,25 +17,35 @@ namespace {
 #if defined(__x86_64__)
 // A processor that has AVX2 is of no use before the operating system saves its registers: XCR0 tells,
 // which xgetbv reads. Bits: 1, 2 the ymm registers; 5, 6, 7 the mask and zmm registers.
-bool has(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned saved_state) {
+bool has(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned leaf7_ecx, unsigned saved_state) {
     constexpr unsigned kOsxsave = 1U << 27;
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsxsave) || (c & leaf1_ecx) != leaf1_ecx) return false;
     unsigned xcr0, high;
     __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
     if ((xcr0 & saved_state) != saved_state) return false;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & leaf7_ebx) == leaf7_ebx;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & leaf7_ebx) == leaf7_ebx &&
+           (c & leaf7_ecx) == leaf7_ecx;
 }
 constexpr unsigned kAvxFmaF16c = 1U << 28 | 1U << 12 | 1U << 29;  // leaf 1, ecx
 constexpr unsigned kAvx2 = 1U << 5;                               // leaf 7, ebx
-bool runs_avx2() { return has(kAvxFmaF16c, kAvx2, 0x6); }
+bool runs_avx2() { return has(kAvxFmaF16c, kAvx2, 0, 0x6); }
 #if defined(MLXGPT_EMULATE_AVX512)
 bool runs_avx512() { return runs_avx2(); }
+bool runs_avx512vnni() { return runs_avx2(); }
 #else
 constexpr unsigned kAvx512FDqBwVl = 1U << 16 | 1U << 17 | 1U << 30 | 1U << 31;  // leaf 7, ebx
-bool runs_avx512() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, 0xE6); }
+constexpr unsigned kVnni = 1U << 11;                                            // leaf 7, ecx
+bool runs_avx512() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, 0, 0xE6); }
+bool runs_avx512vnni() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, kVnni, 0xE6); }
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+bool runs_neondot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#elif defined(__aarch64__)
+bool runs_neondot() { return true; }  // every 64-bit processor of a Mac
 #endif
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot"};
 
 const Kernels& choose() {
     const char* variable = std::getenv("MLXGPT_ISA");
@@ -42,12 +55,15 @@ const Kernels& choose() {
         if (wanted.empty() || wanted == candidate->name) return *candidate;
         here += (here.empty() ? "" : ", ") + std::string(candidate->name);
     }
-    for (const char* name : {"scalar", "avx2", "avx512", "neon"})
+    std::string names;
+    for (const char* name : kNames) {
         if (wanted == name)
             throw std::invalid_argument("MLXGPT_ISA is '" + wanted +
                                         "', which this processor does not run; it runs " + here);
-    throw std::invalid_argument("MLXGPT_ISA is '" + wanted +
-                                "', expected one of scalar, avx2, avx512, neon; this processor runs " + here);
+        names += (names.empty() ? "" : ", ") + std::string(name);
+    }
+    throw std::invalid_argument("MLXGPT_ISA is '" + wanted + "', expected one of " + names +
+                                "; this processor runs " + here);
 }
 
 }  // namespace
@@ -55,9 +71,11 @@ const Kernels& choose() {
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
+    if (runs_avx512vnni()) usable.push_back(&kernels_avx512vnni);
     if (runs_avx512()) usable.push_back(&kernels_avx512);
     if (runs_avx2()) usable.push_back(&kernels_avx2);
 #elif defined(__aarch64__)
+    if (runs_neondot()) usable.push_back(&kernels_neondot);
     usable.push_back(&kernels_neon);
 #endif
     usable.push_back(&kernels_scalar);

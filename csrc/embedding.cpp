@@ -1,27 +1,23 @@
 #include "embedding.h"
 
-#include <algorithm>
-
 #include "dispatch.h"
 #include "parallel.h"
 #include "split.h"
 
 namespace mlxgpt {
 
-void embedding_forward(int B, int T, int C, const int32_t* ids, const float* tokens, const float* positions,
-                       const int32_t* offsets, float* out) {
+void embedding_forward(const EmbeddingForward& call) {
     const OpKernels& isa = *kernels().ops;
-    const ptrdiff_t rows = static_cast<ptrdiff_t>(B) * T;
-    const int n_parts = n_tasks(static_cast<double>(rows) * C, kElementsPerTask);
+    const ptrdiff_t rows = static_cast<ptrdiff_t>(call.B) * call.T;
+    const int n_parts = n_tasks(static_cast<double>(rows) * call.C, kElementsPerTask);
     parallel_for(n_parts, [&](int task, int) {
         const Range part = part_of(rows, task, n_parts);
         for (ptrdiff_t row = part.begin; row < part.begin + part.size; ++row) {
-            const float* token = tokens + static_cast<ptrdiff_t>(ids[row]) * C;
-            if (positions == nullptr)
-                std::copy_n(token, C, out + row * C);
-            else
-                isa.add_rows(token, positions + (row % T + (offsets == nullptr ? 0 : offsets[row / T])) * C,
-                             C, out + row * C);
+            const ptrdiff_t first = call.offsets == nullptr ? 0 : call.offsets[row / call.T];
+            float* out = call.out + row * call.C;
+            isa.weight_row(call.tokens.from(call.ids[row]), call.C, out);
+            if (call.positions != nullptr)
+                isa.add(call.positions + (first + row % call.T) * call.C, call.C, out);
         }
     });
 }

@@ -3,12 +3,22 @@
 
 #include <cstdint>
 
+#include "kernels/table.h"
+
 namespace mlxgpt {
 
-/// out[b][t] = tokens[ids[b][t]] + positions[offsets[b] + t], rows of C elements without gaps. positions may
-/// be null, and offsets, which are then 0.
-void embedding_forward(int B, int T, int C, const int32_t* ids, const float* tokens, const float* positions,
-                       const int32_t* offsets, float* out);
+/// A lookup of B sequences of T tokens, each row of C elements without gaps.
+struct EmbeddingForward {
+    int B = 0, T = 0, C = 0;
+    const int32_t* ids = nullptr;      // (B, T)
+    Weights tokens;                    // (V, C)
+    const float* positions = nullptr;  // (n_positions, C); may be null
+    const int32_t* offsets = nullptr;  // (B,); null for zeros
+    float* out = nullptr;              // (B, T, C)
+};
+
+/// out[b][t] = tokens[ids[b][t]] + positions[offsets[b] + t].
+void embedding_forward(const EmbeddingForward& call);
 
 /// dtokens[ids[b][t]] += dout[b][t] and dpositions[t] += dout[b][t], in order of b and t. Each may be null.
 void embedding_backward(int B, int T, int C, const int32_t* ids, const float* dout, float* dtokens,

@@ -68,3 +68,4 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int quarters) {
 #define _mm512_cvtps_ph(a, mode) emulate_avx512::cvtps_ph<mode>(a)
 #define _mm512_cvtepi32_epi16 emulate_avx512::cvtepi32_epi16
 #define _mm512_shuffle_f32x4 emulate_avx512::shuffle_f32x4
+#define _mm256_dpwssd_epi32(sums, a, b) _mm256_add_epi32(sums, _mm256_madd_epi16(a, b))

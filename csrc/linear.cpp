@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "parallel.h"
 #include "product.h"
+#include "scratch.h"
 
 namespace mlxgpt {
 namespace {
@@ -13,24 +14,57 @@ Rows block_of(Rows a, Range rows, Range columns) {
 
 int as_int(ptrdiff_t n) { return static_cast<int>(n); }
 
+// Adds bias and residual, or bias and GELU, to a block of the output while it is in the cache.
+void finish(const LinearForward& call, Range rows, Range columns) {
+    const OpKernels& isa = *kernels().ops;
+    const int m = as_int(rows.size), n = as_int(columns.size);
+    const Rows out = block_of(call.out, rows, columns);
+    const float* bias = call.bias == nullptr ? nullptr : call.bias + columns.begin;
+    if (call.activated.data != nullptr)
+        isa.bias_gelu(out, m, n, bias, call.gelu, block_of(call.activated, rows, columns));
+    else if (bias != nullptr || call.residual.data != nullptr)
+        isa.add_bias(out, m, n, bias, block_of(call.residual, rows, columns));
+}
+
+// A task takes some of the weights, for all rows of x.
+void few_rows(const LinearForward& call) {
+    const OpKernels& isa = *kernels().ops;
+    const size_t quantized = isa.quantized_row(call.weight, call.n_in);
+    const size_t own = isa.few_rows_scratch(call.weight, call.n_in);
+    float* const buffer = scratch(quantized * call.rows + own * num_threads());
+    Rows x = call.x;
+    if (quantized > 0) {
+        x = {buffer + own * num_threads(), static_cast<ptrdiff_t>(quantized)};
+        for (int row = 0; row < call.rows; ++row)
+            isa.quantize(call.x.data + row * call.x.stride, call.weight, call.n_in, x.data + row * x.stride);
+    }
+    constexpr double kBytesPerTask = 1 << 19, kProductsPerTask = 2e6;  // 50 us or so
+    const double products = static_cast<double>(call.rows) * call.n_in * call.n_out;
+    const double work =
+        call.weight.bytes(call.n_out, call.n_in) / kBytesPerTask + products / kProductsPerTask;
+    const int n_parts = n_tasks(work, 1.0);
+    parallel_for(n_parts, [&](int task, int worker) {
+        const Range rows{0, call.rows}, columns = part_of(call.n_out, task, n_parts, 16);
+        if (columns.size == 0) return;
+        isa.few_rows(x, call.rows, call.weight.from(columns.begin), as_int(columns.size), call.n_in,
+                     block_of(call.out, rows, columns), buffer + own * worker);
+        finish(call, rows, columns);
+    });
+}
+
 }  // namespace
 
 void linear_forward(const LinearForward& call) {
-    const OpKernels& isa = *kernels().ops;
+    if (call.rows <= kFewRows) return few_rows(call);
     const Blocks blocks(call.rows, call.n_out, call.n_in);
-    parallel_for(blocks.size(), [&](int task, int) {
+    const WeightProduct product(call.weight, call.n_in);
+    float* const buffer = scratch(product.scratch_size() * num_threads());
+    parallel_for(blocks.size(), [&](int task, int worker) {
         const Range rows = blocks.rows(task), columns = blocks.columns(task);
         if (rows.size == 0 || columns.size == 0) return;
-        const int m = as_int(rows.size), n = as_int(columns.size);
-        const Rows out = block_of(call.out, rows, columns);
-        Operand weight = rows_of(call.weight, columns.begin);
-        weight.transposed = true;
-        gemm(m, n, call.n_in, rows_of(call.x, rows.begin), weight, 0.0F, out.data, as_int(out.stride));
-        const float* bias = call.bias == nullptr ? nullptr : call.bias + columns.begin;
-        if (call.activated.data != nullptr)
-            isa.bias_gelu(out, m, n, bias, call.gelu, block_of(call.activated, rows, columns));
-        else if (bias != nullptr || call.residual.data != nullptr)
-            isa.add_bias(out, m, n, bias, block_of(call.residual, rows, columns));
+        product(as_int(rows.size), as_int(columns.size), rows_of(call.x, rows.begin), columns.begin,
+                block_of(call.out, rows, columns), buffer + product.scratch_size() * worker);
+        finish(call, rows, columns);
     });
 }
 

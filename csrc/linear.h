@@ -5,10 +5,14 @@
 
 namespace mlxgpt {
 
+/// Up to so many rows the weights are read as they lie, and no BLAS is called.
+constexpr int kFewRows = 16;
+
 /// A linear layer's call: x is (rows, n_in), weight (n_out, n_in), out and dout (rows, n_out).
 struct LinearForward {
     int rows = 0, n_in = 0, n_out = 0;
-    Rows x, weight;
+    Rows x;
+    Weights weight;
     const float* bias = nullptr;  // (n_out,)
     Rows out;
     Rows residual;   // (rows, n_out), added to out
@@ -29,6 +33,7 @@ struct LinearBackward {
 };
 
 /// Writes out = x W^T + bias + residual, and activated = gelu(out) where it is asked for (without residual).
+/// Up to kFewRows rows each come out as they would alone, to the bit.
 void linear_forward(const LinearForward& call);
 
 /// Writes dx = dout W, dweight = dout^T x and dbias, the sum of dout's rows.

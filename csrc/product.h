@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blas.h"
+#include "dispatch.h"
 #include "kernels/table.h"
 #include "split.h"
 
@@ -45,6 +46,41 @@ class Blocks {
 
   private:
     int m_, n_, row_parts_ = 1, column_parts_ = 1;
+};
+
+/// The product x W^T, m x n with inner length k, of one task: weights that are no float32 are converted some
+/// rows at a time, into scratch.
+class WeightProduct {
+  public:
+    WeightProduct(const Weights& weights, int k) : weights_(weights), k_(k) {
+        // The BLAS packs x again for each panel, so that it should be large; L2 or a part of L3 holds it.
+        constexpr int kPanel = 1 << 18;
+        panel_ = std::max(16, kPanel / k / 16 * 16);
+    }
+    /// Floats of scratch that a task needs.
+    size_t scratch_size() const { return weights_.is_float32() ? 0 : static_cast<size_t>(panel_) * k_; }
+
+    /// out = x W^T for the n rows of weights from `first` on.
+    void operator()(int m, int n, Operand x, ptrdiff_t first, Rows out, float* scratch) const {
+        const int stride = static_cast<int>(out.stride);
+        if (weights_.is_float32()) {
+            const auto* data = static_cast<const float*>(weights_.from(first).data);
+            gemm(m, n, k_, x, {data, static_cast<int>(weights_.stride), true}, 0.0F, out.data, stride);
+            return;
+        }
+        const OpKernels& isa = *kernels().ops;
+        for (int done = 0; done < n; done += panel_) {
+            const int size = std::min(panel_, n - done);
+            for (int row = 0; row < size; ++row)
+                isa.weight_row(weights_.from(first + done + row), k_,
+                               scratch + static_cast<ptrdiff_t>(row) * k_);
+            gemm(m, size, k_, x, {scratch, k_, true}, 0.0F, out.data + done, stride);
+        }
+    }
+
+  private:
+    Weights weights_;
+    int k_, panel_;
 };
 
 }  // namespace mlxgpt

@@ -1,5 +1,5 @@
-"""CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention may also be
-float16, or bfloat16 as uint16.
+"""CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention, and weights where
+there are no gradients, may also be float16, or bfloat16 as uint16, and weights quantized.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,9 @@ def attention_forward(
     causal: bool = True,
     dropout: float = 0.0,
     seed: int = 0,
+) -> None: ...
+def attention_cached(
+    q: Buffer, k: Buffer, v: Buffer, keys: Buffer, values: Buffer, offsets: Buffer, out: Buffer, *, scale: float
 ) -> None: ...
 def attention_backward(
     q: Buffer,
@@ -52,6 +55,8 @@ def linear_forward(
     residual: Buffer | None = None,
     activated: Buffer | None = None,
     activation: str = "gelu_new",
+    scales: Buffer | None = None,
+    biases: Buffer | None = None,
 ) -> None: ...
 def linear_backward(
     dout: Buffer,
@@ -84,7 +89,16 @@ def layer_norm_backward(
     add_to_dx: bool = False,
     accumulate: bool = False,
 ) -> None: ...
-def embedding_forward(ids: Buffer, tokens: Buffer, positions: Buffer | None, out: Buffer) -> None: ...
+def embedding_forward(
+    ids: Buffer,
+    tokens: Buffer,
+    positions: Buffer | None,
+    out: Buffer,
+    *,
+    offsets: Buffer | None = None,
+    scales: Buffer | None = None,
+    biases: Buffer | None = None,
+) -> None: ...
 def embedding_backward(ids: Buffer, dout: Buffer, dtokens: Buffer | None, dpositions: Buffer | None) -> None: ...
 def linear_cross_entropy(
     x: Buffer,
@@ -95,6 +109,8 @@ def linear_cross_entropy(
     *,
     accumulate: bool = False,
     scale: float = 1.0,
+    scales: Buffer | None = None,
+    biases: Buffer | None = None,
 ) -> float: ...
 def cross_entropy(logits: Buffer, targets: Buffer, dlogits: Buffer | None = None) -> float: ...
 def adamw(
@@ -114,3 +130,9 @@ def adamw(
 ) -> float: ...
 def dropout(x: Buffer, residual: Buffer | None, p: float, seed: int, out: Buffer) -> None: ...
 def _vector_math(name: str, x: Buffer, out: Buffer) -> None: ...
+
+class Recording:
+    def __enter__(self) -> Recording: ...
+    def __exit__(self, *exception: object) -> None: ...
+    def replay(self) -> None: ...
+    def __len__(self) -> int: ...

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 _core: Any = None
 if os.environ.get("MLXGPT_KERNELS") != "0" and find_spec("mlxgpt._core"):
@@ -257,15 +256,15 @@ class _State(threading.local):
 _state = _State()
 
 
-def _run(tape: _Tape | None, method: Callable[..., Any], model: nn.Module, args: list[Any]) -> mx.array:
+def _run(tape: _Tape | None, method: Callable[..., Any], model: Any, args: list[Any]) -> mx.array:
     return mx.array(_run_to_numpy(tape, method, model, args))
 
 
-def _run_to_numpy(tape: _Tape | None, method: Callable[..., Any], model: nn.Module, args: list[Any]) -> np.ndarray:
+def _run_to_numpy(tape: _Tape | None, method: Callable[..., Any], model: Any, args: list[Any]) -> np.ndarray:
     _state.tape, _state.seed = tape, None
     if tape is None:
         # The buffer protocol has no bfloat16: kernels take its bits.
-        weights = (w for _, w in tree_flatten(model.parameters()))  # type: ignore[arg-type, misc]
+        weights = model.named_weights().values()
         _state.bits = {id(w): w.view(mx.uint16) for w in weights if w.dtype == mx.bfloat16}
         mx.eval(model.parameters(), list(_state.bits.values()))
     try:
@@ -348,12 +347,12 @@ def _rows(x: np.ndarray | None) -> Any:
 # ---- the kernels, each with its gradient ----
 
 
-def _stored(weight: Any) -> dict[str, mx.array]:
-    """A matrix, which may be an ops.Quantized, as kernels take it."""
+def _stored(weight: Any) -> tuple[mx.array, dict[str, mx.array]]:
+    """A matrix as kernels take it: an array, and of an ops.Quantized its scales and biases too."""
     if isinstance(weight, mx.array):
-        return {"weight": _state.bits.get(id(weight), weight)}
-    parts = ((part, getattr(weight, part)) for part in ("weight", "scales", "biases"))
-    return {name: _state.bits.get(id(part), part) for name, part in parts}
+        return _state.bits.get(id(weight), weight), {}
+    parts = (_state.bits.get(id(part), part) for part in (weight.scales, weight.biases))
+    return weight.weight, dict(zip(("scales", "biases"), parts, strict=True))
 
 
 def linear(
@@ -362,7 +361,8 @@ def linear(
     if dropout_p > 0:
         return dropout(linear(x, weight, bias, None, 0.0), dropout_p, residual)
     out = _empty((*x.shape[:-1], weight.shape[0]))
-    _core.linear_forward(_rows(x), weight, bias, _rows(out), residual=_rows(residual))
+    matrix, parts = _stored(weight)
+    _core.linear_forward(_rows(x), matrix, bias, _rows(out), residual=_rows(residual), **parts)
     kept = _kept(x)
 
     def backward(tape: _Tape) -> None:
@@ -379,13 +379,15 @@ def linear(
 def mlp(
     x: np.ndarray, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: np.ndarray, dropout_p: float
 ) -> np.ndarray:
-    fc, proj, fc_bias, proj_bias = c_fc.weight, c_proj.weight, c_fc.get("bias"), c_proj.get("bias")
+    (fc, fc_parts), (proj, proj_parts) = _stored(c_fc.matrix), _stored(c_proj.matrix)
+    fc_bias, proj_bias = c_fc.get("bias"), c_proj.get("bias")
     activation = "gelu" if exact else "gelu_new"
     h = _empty((*x.shape[:-1], fc.shape[0]))  # before the GELU
     activated, out = _empty(h.shape), _empty(x.shape)
-    _core.linear_forward(_rows(x), fc, fc_bias, _rows(h), activated=_rows(activated), activation=activation)
+    gelu = dict(activated=_rows(activated), activation=activation)
+    _core.linear_forward(_rows(x), fc, fc_bias, _rows(h), **gelu, **fc_parts)
     added = residual if dropout_p == 0 else None
-    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added))
+    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added), **proj_parts)
     del activated  # the backward pass makes it again, in passing
     kept = _kept(x)
 
@@ -408,10 +410,9 @@ def mlp(
 def embeddings(ids: np.ndarray, tokens: Any, positions: Any, offsets: np.ndarray | None) -> np.ndarray:
     ids, T = np.ascontiguousarray(ids, np.int32), ids.shape[1]
     out = _empty((*ids.shape, tokens.shape[1]))
-    if offsets is None:
-        _core.embedding_forward(ids, tokens, _view(positions)[:T], out)
-    else:
-        _core.embedding_forward(ids, tokens, positions, out, offsets=offsets)
+    matrix, parts = _stored(tokens)
+    at = _view(positions)[:T] if offsets is None else positions
+    _core.embedding_forward(ids, matrix, at, out, offsets=offsets, **parts)
 
     def backward(tape: _Tape) -> None:
         _core.embedding_backward(ids, tape.take(out), tape.of(tokens), _view(tape.of(positions))[:T])
@@ -521,7 +522,7 @@ def merge_heads(y: np.ndarray) -> np.ndarray:
     return merged
 
 
-def linear_cross_entropy(x: np.ndarray, weight: mx.array, targets: np.ndarray) -> np.ndarray:
+def linear_cross_entropy(x: np.ndarray, weight: Any, targets: np.ndarray) -> np.ndarray:
     tape, rows = _state.tape, _rows(x)
     targets = np.ascontiguousarray(targets, np.int32).reshape(-1)
 
@@ -534,7 +535,8 @@ def linear_cross_entropy(x: np.ndarray, weight: mx.array, targets: np.ndarray) -
     if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
         value, dx = loss_and_gradients(tape)
     else:
-        value = _core.linear_cross_entropy(rows, weight, targets)
+        matrix, parts = _stored(weight)
+        value = _core.linear_cross_entropy(rows, matrix, targets, **parts)
     loss = np.array(value, np.float32)
 
     def backward(tape: _Tape) -> None:

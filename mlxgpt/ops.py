@@ -62,7 +62,7 @@ def on_kernels(model: nn.Module) -> bool:
     return kernels.runs(model)
 
 
-def repeated(method: Callable[..., Any], cache: KVCache) -> Callable[[Array], Array]:
+def repeated(method: Callable[..., Any], cache: KVCache) -> Callable[[Any], Any]:
     """A model's method marked `entry`, of ids (B, T) and a cache, as a function of the ids alone, to be called often.
 
     The T positions follow those that the cache holds, and are added to it; T and B stay the same. On the CPU's
@@ -98,7 +98,8 @@ def linear(
     if isinstance(x, np.ndarray):
         return kernels.linear(x, weight, bias, residual, dropout_p)
     if isinstance(weight, Quantized):
-        y = mx.quantized_matmul(x, *weight[:3], transpose=True, group_size=weight.group_size, bits=weight.bits)
+        packed, scales, biases, group_size = weight
+        y = mx.quantized_matmul(x, packed, scales, biases, transpose=True, group_size=group_size, bits=weight.bits)
         y = y if bias is None else y + bias
     else:
         y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
@@ -108,8 +109,8 @@ def linear(
 def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     """Rows of weight (V, C), one for each of ids (...), int32 in [0, V) -> (..., C)."""
     if isinstance(weight, Quantized):
-        rows = (part[ids] for part in weight[:3])
-        return mx.dequantize(*rows, group_size=weight.group_size, bits=weight.bits)
+        packed, scales, biases = (part[ids] for part in weight[:3])
+        return mx.dequantize(packed, scales, biases, group_size=weight.group_size, bits=weight.bits)
     return weight[ids]
 
 

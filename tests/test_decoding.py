@@ -79,7 +79,7 @@ def test_a_repeated_step_gives_the_logits_of_every_position(backend):
         for at in range(0, T, T_step):
             part = ids[:, at : at + T_step]
             logits = np.array(step(part if backend == "kernels" else mx.array(part)))
-            np.testing.assert_allclose(logits, whole[:, at : at + T_step], atol=2e-6)
+            np.testing.assert_allclose(logits, whole[:, at : at + T_step], atol=1e-5)
         with pytest.raises(ValueError, match=rf"cache: {T} \+ {T_step} positions, at most block_size = {T}"):
             step(part if backend == "kernels" else mx.array(part))
 
@@ -90,7 +90,7 @@ def test_positions_can_be_taken_back(backend):
     first = np.array(model(mx.array([[1, 2, 3, 4, 5]]), cache))
     cache.offsets[:] = 2
     again = np.array(model(mx.array([[3, 4, 5]]), cache))
-    np.testing.assert_allclose(again, first[:, 2:], atol=2e-6)
+    np.testing.assert_allclose(again, first[:, 2:], atol=1e-5)
 
 
 def test_long_prompts_are_read_in_chunks(backend, monkeypatch):
@@ -205,7 +205,7 @@ def test_drawing_with_a_draft_keeps_the_distribution():
             seen = np.isin(np.arange(size), [1, 2, *tail])[None]
             logits = np.array(model(mx.array([[1, 2, *tail]])))[:, -1]
             for token, q in enumerate(Sampler(**settings).probabilities(logits, seen)[0].tolist()):
-                longer[*tail, token] = p * q
+                longer[(*tail, token)] = p * q
         probabilities = longer
     n = 1500
     found = Counter()

@@ -14,10 +14,6 @@ void add(const float* x, ptrdiff_t n, float* y) {
     for_vectors(n, [&](ptrdiff_t i, auto some) { some.write(y + i, some.read(y + i) + some.read(x + i)); });
 }
 
-void add_rows(const float* a, const float* b, int n, float* out) {
-    for_vectors(n, [&](ptrdiff_t i, auto some) { some.write(out + i, some.read(a + i) + some.read(b + i)); });
-}
-
 void scale(float factor, ptrdiff_t n, float* y) {
     for_vectors(n, [&](ptrdiff_t i, auto some) { some.write(y + i, some.read(y + i) * set(factor)); });
 }

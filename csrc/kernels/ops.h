@@ -8,6 +8,7 @@
 #include "attention_forward.h"
 #include "cross_entropy.h"
 #include "elementwise.h"
+#include "few_rows.h"
 #include "gelu.h"
 #include "layer_norm.h"
 #include "math.h"
@@ -15,18 +16,10 @@
 namespace {
 
 const mlxgpt::OpKernels op_kernels = {
-    add_bias,
-    bias_gelu,
-    gelu_backward,
-    add_columns,
-    add,
-    scale,
-    layer_norm_forward,
-    layer_norm_backward,
-    add_rows,
-    cross_entropy,
-    squares,
-    adamw,
+    add_bias,      bias_gelu, gelu_backward,      add_columns,
+    add,           scale,     layer_norm_forward, layer_norm_backward,
+    cross_entropy, squares,   weight_row,         quantized_row,
+    quantize,      few_rows,  few_rows_scratch,   adamw,
     dropout,
 };
 

@@ -29,6 +29,41 @@ struct StoredRows {
     Storage storage = Storage::kFloat32;
 };
 
+/// A linear layer's weights as a model keeps them, n_out rows of n_in: floats in any storage, or quantized as
+/// MLX does it (mx.quantize, mode "affine"). Then element i of a row is scale * q + bias with the unsigned q
+/// in bits [bits * i, bits * (i + 1)) of the row's uint32 words, the lowest bits first, and a scale and a
+/// bias for each `group` of elements.
+struct Weights {
+    const void* data = nullptr;           // row i begins at data + i * stride
+    ptrdiff_t stride = 0;                 // in floats, or in words
+    Storage storage = Storage::kFloat32;  // of the floats; of scales and biases, if quantized
+    int bits = 0;                         // 4 or 8 if quantized, else 0
+    int group = 0;                        // 32, 64 or 128 if quantized
+    const void *scales = nullptr, *biases = nullptr;
+    ptrdiff_t scale_stride = 0;  // n_in / group
+
+    ptrdiff_t element_size() const { return storage == Storage::kFloat32 ? 4 : 2; }
+    bool is_float32() const { return bits == 0 && storage == Storage::kFloat32; }
+
+    /// The weights without the rows ahead of `row`.
+    Weights from(ptrdiff_t row) const {
+        Weights rest = *this;
+        rest.data = static_cast<const char*>(data) + row * stride * (bits == 0 ? element_size() : 4);
+        if (bits != 0) {
+            const ptrdiff_t skipped = row * scale_stride * element_size();
+            rest.scales = static_cast<const char*>(scales) + skipped;
+            rest.biases = static_cast<const char*>(biases) + skipped;
+        }
+        return rest;
+    }
+
+    /// Bytes that n_out rows take.
+    double bytes(int n_out, int n_in) const {
+        if (bits == 0) return static_cast<double>(n_out) * n_in * element_size();
+        return static_cast<double>(n_out) * (n_in / 8.0 * bits + 2.0 * scale_stride * element_size());
+    }
+};
+
 /// One head of one attention call. q, out, dout, dq have T_q rows and k, v, dk, dv have T_k, all of
 /// D elements; lse and delta have T_q. Query i sees keys 0 .. i + T_k - T_q if causal, else all.
 struct AttentionHead {
@@ -82,15 +117,27 @@ struct OpKernels {
                                 const float* weight, const float* mean, const float* rstd, float* dx,
                                 bool add_to_dx, float* dweight, float* dbias);
 
-    /// out = a + b
-    void (*add_rows)(const float* a, const float* b, int n, float* out);
-
     /// -log softmax(logits)[target]. With a factor that is not 0 the logits become their gradient, times
     /// that factor.
     double (*cross_entropy)(float* logits, int V, int target, float factor);
 
     /// Sum of squares.
     double (*squares)(const float* x, ptrdiff_t n);
+
+    /// out[i] = weight i of the first row, for n_in elements.
+    void (*weight_row)(const Weights& weights, int n_in, float* out);
+
+    /// Rows of x for the product with quantized weights: each is quantized too, into this many floats.
+    size_t (*quantized_row)(const Weights& weights, int n_in);
+    void (*quantize)(const float* x, const Weights& weights, int n_in, float* out);
+
+    /// out[i][j] = x[i] . weights[j] for few rows of x, which were quantized if the weights are. A sum comes
+    /// out the same whatever other rows there are.
+    void (*few_rows)(Rows x, int n_rows, const Weights& weights, int n_out, int n_in, Rows out,
+                     float* scratch);
+
+    /// Floats of scratch that few_rows needs.
+    size_t (*few_rows_scratch)(const Weights& weights, int n_in);
 
     /// One step of AdamW on n elements; decay is what a parameter is multiplied by first.
     void (*adamw)(float* parameter, const float* gradient, float* m, float* v, ptrdiff_t n, float decay,
@@ -145,6 +192,8 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512vnni;
 extern const Kernels kernels_neon;
+extern const Kernels kernels_neondot;
 
 }  // namespace mlxgpt

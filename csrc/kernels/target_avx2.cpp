@@ -1,6 +1,7 @@
 // The kernels for x86-64 with AVX2 and FMA.
 #include <immintrin.h>
 
+#include "quants_x86.h"
 #include "table.h"
 
 namespace {

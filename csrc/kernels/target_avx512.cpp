@@ -1,6 +1,7 @@
 // The kernels for x86-64 with AVX-512 F, BW, DQ and VL (Skylake server, Ice Lake, Zen 4 and later).
 #include <immintrin.h>
 
+#include "quants_x86.h"
 #include "table.h"
 
 namespace {
@@ -123,5 +124,9 @@ inline Vec to_float(UVec a) { return {_mm512_cvtepi32_ps(a.x)}; }
 #include "ops.h"
 
 namespace mlxgpt {
+#if defined(MLXGPT_VNNI)
+const Kernels kernels_avx512vnni = MLXGPT_KERNEL_TABLE("avx512vnni");
+#else
 const Kernels kernels_avx512 = MLXGPT_KERNEL_TABLE("avx512");
-}
+#endif
+}  // namespace mlxgpt

@@ -1,5 +1,6 @@
 // The kernels for 64-bit Arm, whose every processor has NEON.
 #include <arm_neon.h>
+#include <string.h>
 
 #include "table.h"
 
@@ -97,10 +98,93 @@ inline Vec from_bits(UVec a) { return {vreinterpretq_f32_u32(a.x)}; }
 inline UVec exponent_field(UVec a) { return {vshrq_n_u32(a.x, 23)}; }
 inline Vec to_float(UVec a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.x))}; }
 
+// ---- products with quantized weights, 32 at a time ----
+
+#if defined(MLXGPT_DOT)
+// sdot takes int8: x is 256 high + low, each from -128 to 127, and weights of 8 bits come less 128, which
+// their biases make up for.
+constexpr float kLargestQuant = 127 * 256 + 127;
+template <int bits>
+constexpr int kQuantCentre = bits == 8 ? 128 : 0;
+#else
+constexpr float kLargestQuant = 32767.0F;
+template <int bits>
+constexpr int kQuantCentre = 0;
+#endif
+
+/// The bytes of 32 weights, in the order of few_rows.h.
+struct Quants {
+    uint8x16_t x[2];
+};
+template <int bits>
+inline Quants unpack(const unsigned char* p) {
+    const uint8x16_t first = vld1q_u8(p);
+    if constexpr (bits == 4) return {{vandq_u8(first, vdupq_n_u8(15)), vshrq_n_u8(first, 4)}};
+    const uint8x16_t less_centre = vdupq_n_u8(kQuantCentre<bits>);  // q ^ 128 is q - 128 as int8
+    return {{veorq_u8(first, less_centre), veorq_u8(vld1q_u8(p + 16), less_centre)}};
+}
+
+#if defined(MLXGPT_DOT)
+
+inline void store_quants(const int16_t* x, int16_t* out) {
+    auto* bytes = reinterpret_cast<int8_t*>(out);
+    for (int i = 0; i < 32; ++i) {
+        bytes[i] = static_cast<int8_t>((x[i] + 128) >> 8);
+        bytes[32 + i] = static_cast<int8_t>((x[i] + 128) % 256 - 128);
+    }
+}
+struct IntSums {
+    int32x4_t high, low;
+};
+inline IntSums no_sums() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(x);
+    for (int i = 0; i < 2; ++i) {
+        const int8x16_t weights = vreinterpretq_s8_u8(q.x[i]);
+        sums.high = vdotq_s32(sums.high, weights, vld1q_s8(bytes + 16 * i));
+        sums.low = vdotq_s32(sums.low, weights, vld1q_s8(bytes + 32 + 16 * i));
+    }
+    return sums;
+}
+inline int32x4_t total(IntSums a) { return vaddq_s32(vshlq_n_s32(a.high, 8), a.low); }
+
+#else
+
+inline void store_quants(const int16_t* x, int16_t* out) { memcpy(out, x, 32 * sizeof *x); }
+struct IntSums {
+    int32x4_t x;
+};
+inline IntSums no_sums() { return {vdupq_n_s32(0)}; }
+inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
+    for (int i = 0; i < 2; ++i) {
+        const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(q.x[i])));
+        const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(q.x[i]));
+        const int16x8_t first = vld1q_s16(x + 16 * i), second = vld1q_s16(x + 16 * i + 8);
+        sums.x = vmlal_s16(sums.x, vget_low_s16(low), vget_low_s16(first));
+        sums.x = vmlal_high_s16(sums.x, low, first);
+        sums.x = vmlal_s16(sums.x, vget_low_s16(high), vget_low_s16(second));
+        sums.x = vmlal_high_s16(sums.x, high, second);
+    }
+    return sums;
+}
+inline int32x4_t total(IntSums a) { return a.x; }
+
+#endif
+
+using GroupSums = Vec;
+inline GroupSums no_group_sums() { return {vdupq_n_f32(0.0F)}; }
+inline GroupSums fma(IntSums a, float b, GroupSums c) {
+    return {vfmaq_n_f32(c.x, vcvtq_f32_s32(total(a)), b)};
+}
+
 }  // namespace
 
 #include "ops.h"
 
 namespace mlxgpt {
+#if defined(MLXGPT_DOT)
+const Kernels kernels_neondot = MLXGPT_KERNEL_TABLE("neondot");
+#else
 const Kernels kernels_neon = MLXGPT_KERNEL_TABLE("neon");
-}
+#endif
+}  // namespace mlxgpt

@@ -125,6 +125,34 @@ inline Vec from_bits(UVec a) {
 inline UVec exponent_field(UVec a) { return {a.x >> 23}; }
 inline Vec to_float(UVec a) { return {static_cast<float>(static_cast<int32_t>(a.x))}; }
 
+// ---- products with quantized weights, 32 at a time ----
+
+constexpr float kLargestQuant = 32767.0F;
+template <int bits>
+constexpr int kQuantCentre = 0;
+
+struct Quants {
+    int16_t x[32];
+};
+template <int bits>
+inline Quants unpack(const unsigned char* p) {
+    Quants q;
+    for (int i = 0; i < 32; ++i) q.x[i] = bits == 8 ? p[i] : i < 16 ? p[i] & 15 : p[i - 16] >> 4;
+    return q;
+}
+inline void store_quants(const int16_t* x, int16_t* out) { memcpy(out, x, 32 * sizeof *x); }
+struct IntSums {
+    int32_t x;
+};
+inline IntSums no_sums() { return {0}; }
+inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
+    for (int i = 0; i < 32; ++i) sums.x += q.x[i] * x[i];
+    return sums;
+}
+using GroupSums = Vec;
+inline GroupSums no_group_sums() { return {0.0F}; }
+inline GroupSums fma(IntSums a, float b, GroupSums c) { return {static_cast<float>(a.x) * b + c.x}; }
+
 }  // namespace
 
 #include "ops.h"

@@ -22,7 +22,10 @@ inline void store_part(T* p, Vec a, int n) {
 
 /// A whole vector's worth of elements.
 struct Whole {
-    Vec read(const float* p) const { return load(p); }
+    template <class T>
+    Vec read(const T* p) const {
+        return load(p);
+    }
     Vec read_or(float, const float* p) const { return load(p); }
     void write(float* p, Vec a) const { store(p, a); }
 };
@@ -30,7 +33,10 @@ struct Whole {
 /// The last n elements, fewer than a vector has. The lanes behind them hold 0, or what read_or was told.
 struct Part {
     int n;
-    Vec read(const float* p) const { return load_part(p, n); }
+    template <class T>
+    Vec read(const T* p) const {
+        return load_part(p, n);
+    }
     Vec read_or(float other, const float* p) const { return load_part(p, n, other); }
     void write(float* p, Vec a) const { store_part(p, a, n); }
 };
