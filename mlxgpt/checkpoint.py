@@ -281,7 +281,7 @@ def _empty_arrays(like: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, 
     held = weakref.ref(file)
     arrays = mx.load(file, format="safetensors")  # type: ignore[arg-type]
     del file
-    # A thread of MLX's lets go of the file a moment later. Were the interpreter to end before, that would abort it.
+    # A thread of MLX's lets go of the file a moment later; an interpreter that had ended by then would abort.
     for _ in range(1000):
         if held() is None:
             break

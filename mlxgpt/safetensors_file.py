@@ -21,6 +21,7 @@ DTYPES = {
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _MOST_HEADER = 100_000_000  # bytes, the format's own rule
+_NOT_WORTH_MAPPING = 65536  # bytes, which are read in less time
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,11 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Reads an array of a file when it is called."""
+    """Reads an array of a file when it is called. ValueError if the file has become shorter."""
 
     def read() -> np.ndarray:
-        if 0 in shape:
-            return np.zeros(shape, dtype)
+        if math.prod(shape) * dtype.itemsize <= _NOT_WORTH_MAPPING:
+            return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
         return np.memmap(path, dtype, "r", offset, shape)  # unmapped when it is let go
 
     return read
