@@ -1,5 +1,9 @@
 #include "attention.h"
 
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #include "dispatch.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -7,15 +11,18 @@
 namespace mlxgpt {
 namespace {
 
+/// The rows of one head from row `first` on.
+StoredRows rows_of(const Tensor4& t, int b, int h, int first = 0) {
+    const ptrdiff_t size = t.storage == Storage::kFloat32 ? 4 : 2;
+    char* data = static_cast<char*>(t.data);
+    if (data != nullptr) data += size * (b * t.batch_stride + h * t.head_stride + first * t.row_stride);
+    return {data, t.row_stride, t.storage};
+}
+
 AttentionHead head_of(const AttentionCall& call, int index) {
     const int b = index / call.n_head;
     const int h = index % call.n_head;
-    const auto rows = [b, h](const Tensor4& t) {
-        const ptrdiff_t size = t.storage == Storage::kFloat32 ? 4 : 2;
-        char* data = static_cast<char*>(t.data);
-        if (data != nullptr) data += size * (b * t.batch_stride + h * t.head_stride);
-        return StoredRows{data, t.row_stride, t.storage};
-    };
+    const auto rows = [b, h](const Tensor4& t) { return rows_of(t, b, h); };
     AttentionHead head;
     head.q = rows(call.q);
     head.k = rows(call.k);
@@ -102,6 +109,62 @@ void attention_backward(const AttentionCall& call) {
         isa.attention_write_kv(head_of(call, plan.n_whole + split), parts + split * plan.parts * sums,
                                plan.parts);
     });
+}
+
+void attention_cached(const CachedAttention& call) {
+    for (int b = 0; b < call.B; ++b)
+        if (call.offsets[b] < 0 || call.offsets[b] > call.capacity - call.T)
+            throw std::invalid_argument("cached attention: sequence " + std::to_string(b) + " holds " +
+                                        std::to_string(call.offsets[b]) + " positions, expected 0 to " +
+                                        std::to_string(call.capacity - call.T) + ", so that " +
+                                        std::to_string(call.T) + " more fit");
+    const Kernels& isa = kernels();
+    // Queries one by one need no keys packed, and read them from L2 again; from about as many on as a panel
+    // has lanes the blocked kernel is faster.
+    constexpr int kFewQueries = 16;
+    const bool few = call.T <= kFewQueries;
+    const size_t size = isa.forward_scratch(1, call.D);
+    float* const buffer = scratch(size * num_threads());
+    parallel_for(call.B * call.n_head, [&](int task, int worker) {
+        const int b = task / call.n_head, h = task % call.n_head, held = call.offsets[b];
+        isa.copy_rows(rows_of(call.k, b, h), call.T, call.D, rows_of(call.keys, b, h, held));
+        isa.copy_rows(rows_of(call.v, b, h), call.T, call.D, rows_of(call.values, b, h, held));
+        for (int i = 0; few && i < call.T; ++i) {
+            float lse;
+            AttentionHead head;
+            head.q = rows_of(call.q, b, h, i);
+            head.k = rows_of(call.keys, b, h);
+            head.v = rows_of(call.values, b, h);
+            head.out = rows_of(call.out, b, h, i);
+            head.lse = &lse;
+            head.T_q = 1;
+            head.T_k = held + i + 1;
+            head.D = call.D;
+            head.scale = call.scale;
+            isa.attention_forward(head, 0, 1, buffer + worker * size);
+        }
+    });
+    if (few) return;
+    std::vector<float> lse(static_cast<size_t>(call.n_head) * call.T);
+    for (int b = 0; b < call.B; ++b) {
+        const auto of_sequence = [b](Tensor4 t) {
+            t.data = rows_of(t, b, 0).data;
+            return t;
+        };
+        AttentionCall one;
+        one.B = 1;
+        one.n_head = call.n_head;
+        one.T_q = call.T;
+        one.T_k = call.offsets[b] + call.T;
+        one.D = call.D;
+        one.q = of_sequence(call.q);
+        one.k = of_sequence(call.keys);
+        one.v = of_sequence(call.values);
+        one.out = of_sequence(call.out);
+        one.lse = lse.data();
+        one.scale = call.scale;
+        attention_forward(one);
+    }
 }
 
 void dropout_mask(const AttentionCall& call, float* mask) {

@@ -7,11 +7,14 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "adamw.h"
@@ -150,6 +153,36 @@ struct Array : Memory {
     }
 };
 
+/// The values of int32 ids, and their name for messages.
+struct Values {
+    const int32_t* data = nullptr;
+    py::ssize_t size = 0;
+    std::string where, name;
+
+    /// That each is in [least, limit).
+    void expect_within(int least, py::ssize_t limit) const {
+        for (py::ssize_t i = 0; i < size; ++i)
+            if (data[i] < least || data[i] >= limit)
+                fail(where, name + " holds " + std::to_string(data[i]) + ", expected " +
+                                (least < 0 ? "-1 or " : "") + "0 <= id < " + std::to_string(limit));
+    }
+};
+
+/// int32 ids without gaps.
+struct Ids : Memory {
+    Ids(const char* where_, const char* name_, const py::buffer& buffer)
+        : Memory(where_, name_, buffer, Access::kRead, "i", "int32 ('i')") {
+        expect_contiguous();
+    }
+    Values values() const { return {static_cast<const int32_t*>(info.ptr), info.size, where, name}; }
+
+    /// The ids, each in [least, limit).
+    const int32_t* within(int least, py::ssize_t limit) const {
+        values().expect_within(least, limit);
+        return static_cast<const int32_t*>(info.ptr);
+    }
+};
+
 /// No output may share memory with another argument. Null pointers are arguments that are None.
 void expect_distinct(std::initializer_list<const Memory*> outputs,
                      std::initializer_list<const Memory*> inputs) {
@@ -166,6 +199,48 @@ void expect_distinct(std::initializer_list<const Memory*> outputs,
         for (auto other = output + 1; other != outputs.end(); ++other) compare(*output, *other);
     }
 }
+
+/// Calls of kernels, to be made again on what the same arrays then hold. They stay alive as long as it does.
+class Recording {
+  public:
+    Recording() = default;
+    Recording(const Recording&) = delete;
+    Recording& operator=(const Recording&) = delete;
+
+    void start() {
+        if (active_ != nullptr) fail("recording", "one is being made already in this thread");
+        active_ = this;
+    }
+    void stop() {
+        if (active_ == this) active_ = nullptr;
+    }
+    ~Recording() { stop(); }
+
+    void replay() const {
+        if (active_ == this) fail("recording", "it is still being made");
+        const py::gil_scoped_release release;
+        for (const auto& call : calls_) call();
+    }
+    size_t size() const { return calls_.size(); }
+
+    /// Makes a call, without the GIL, and records it if a recording is being made. `arguments` hold its
+    /// arrays.
+    template <class Call, class... Arguments>
+    static void run(Call call, Arguments... arguments) {
+        {
+            const py::gil_scoped_release release;
+            call();
+        }
+        if (active_ == nullptr) return;
+        auto held = std::make_shared<std::tuple<Arguments...>>(std::move(arguments)...);
+        active_->calls_.push_back([call, held] { call(); });
+    }
+
+  private:
+    static thread_local Recording* active_;
+    std::vector<std::function<void()>> calls_;
+};
+thread_local Recording* Recording::active_ = nullptr;
 
 constexpr int kMostHeadDim = 256;
 
@@ -235,6 +310,52 @@ void py_attention_forward(const py::buffer& q_, const py::buffer& k_, const py::
     expect_distinct({&out, &lse}, {&q, &k, &v});
     const py::gil_scoped_release release;
     attention_forward(call);
+}
+
+void py_attention_cached(const py::buffer& q_, const py::buffer& k_, const py::buffer& v_,
+                         const py::buffer& keys_, const py::buffer& values_, const py::buffer& offsets_,
+                         const py::buffer& out_, double scale) {
+    const char* where = "cached attention";
+    Array q(where, "q", q_, Access::kRead), k(where, "k", k_, Access::kRead),
+        v(where, "v", v_, Access::kRead), keys(where, "keys", keys_, Access::kWrite),
+        values(where, "values", values_, Access::kWrite), out(where, "out", out_, Access::kWrite);
+    Ids offsets(where, "offsets", offsets_);
+    if (q.info.ndim != 4)
+        fail(where, "q is " + shape_text(q.info.shape) + ", expected (B, n_head, T, head_dim)");
+    check_heads(q);
+    const auto B = q.info.shape[0], n_head = q.info.shape[1], T = q.info.shape[2], D = q.info.shape[3];
+    if (D > kMostHeadDim)
+        fail(where, "q is " + shape_text(q.info.shape) + ", expected a head_dim of at most " +
+                        std::to_string(kMostHeadDim));
+    const py::ssize_t capacity = keys.info.ndim == 4 ? keys.info.shape[2] : 0;
+    for (const Array* array : {&k, &v, &out}) array->expect_shape({B, n_head, T, D});
+    for (const Array* array : {&q, &k, &v, &out}) array->expect_float32();
+    keys.expect_shape({B, n_head, capacity, D}, "(" + std::to_string(B) + ", " + std::to_string(n_head) +
+                                                    ", capacity, " + std::to_string(D) + ")");
+    values.expect_shape({B, n_head, capacity, D});
+    values.expect_storage(keys);
+    if (offsets.info.ndim != 1 || offsets.info.shape[0] != B)
+        fail(where,
+             "offsets is " + shape_text(offsets.info.shape) + ", expected (" + std::to_string(B) + ",)");
+    if (!std::isfinite(scale))
+        fail(where, "scale is " + std::to_string(scale) + ", expected a finite number");
+    expect_distinct({&out, &keys, &values}, {&q, &k, &v, &offsets});
+    CachedAttention call;
+    call.B = static_cast<int>(B);
+    call.n_head = static_cast<int>(n_head);
+    call.T = static_cast<int>(T);
+    call.D = static_cast<int>(D);
+    call.capacity = static_cast<int>(capacity);
+    call.q = q.tensor();
+    call.k = k.tensor();
+    call.v = v.tensor();
+    call.out = out.tensor();
+    call.keys = keys.tensor();
+    call.values = values.tensor();
+    call.offsets = static_cast<const int32_t*>(offsets.info.ptr);
+    call.scale = static_cast<float>(scale);
+    Recording::run([call] { attention_cached(call); }, std::move(q), std::move(k), std::move(v),
+                   std::move(keys), std::move(values), std::move(out), std::move(offsets));
 }
 
 void py_attention_backward(const py::buffer& q_, const py::buffer& k_, const py::buffer& v_,
@@ -335,24 +456,6 @@ void expect_matrix(const Array& a, const char* shape) {
     if (a.info.ndim != 2) fail(a.where, a.name + " is " + shape_text(a.info.shape) + ", expected " + shape);
 }
 
-/// int32 ids without gaps.
-struct Ids : Memory {
-    Ids(const char* where_, const char* name_, const py::buffer& buffer)
-        : Memory(where_, name_, buffer, Access::kRead, "i", "int32 ('i')") {
-        expect_contiguous();
-    }
-
-    /// The ids, each in [least, limit).
-    const int32_t* within(int least, py::ssize_t limit) const {
-        const auto* ids = static_cast<const int32_t*>(info.ptr);
-        for (py::ssize_t i = 0; i < info.size; ++i)
-            if (ids[i] < least || ids[i] >= limit)
-                fail(where, name + " holds " + std::to_string(ids[i]) + ", expected " +
-                                (least < 0 ? "-1 or " : "") + "0 <= id < " + std::to_string(limit));
-        return ids;
-    }
-};
-
 Gelu gelu_named(const char* where, const std::string& name) {
     if (name == "gelu_new") return Gelu::kTanh;
     if (name != "gelu") fail(where, "activation is '" + name + "', expected 'gelu_new' or 'gelu'");
@@ -363,7 +466,7 @@ void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const Ma
                        const py::buffer& out_, const MaybeBuffer& residual_, const MaybeBuffer& activated_,
                        const std::string& activation) {
     const char* where = "linear";
-    const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+    MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
         bias(where, "bias", bias_, Access::kRead), residual(where, "residual", residual_, Access::kRead),
         out(where, "out", out_, Access::kWrite), activated(where, "activated", activated_, Access::kWrite);
     expect_matrix(*x.array, "(rows, n_in)");
@@ -382,8 +485,8 @@ void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const Ma
     call.activated = matrix(activated, rows, n_out);
     call.gelu = gelu_named(where, activation);
     if (residual && activated) fail(where, "residual and activated are both given, expected one of them");
-    const py::gil_scoped_release release;
-    linear_forward(call);
+    Recording::run([call] { linear_forward(call); }, std::move(x), std::move(weight), std::move(bias),
+                   std::move(out), std::move(residual), std::move(activated));
 }
 
 void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
@@ -449,7 +552,7 @@ void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, cons
                            float eps, const py::buffer& out_, const py::buffer& mean_,
                            const py::buffer& rstd_) {
     const char* where = "layer_norm";
-    const MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
+    MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead),
         bias(where, "bias", bias_, Access::kRead), out(where, "out", out_, Access::kWrite),
         mean(where, "mean", mean_, Access::kWrite), rstd(where, "rstd", rstd_, Access::kWrite);
     expect_matrix(*x.array, "(rows, C)");
@@ -459,8 +562,9 @@ void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, cons
     const float *in = x->contiguous(), *w = contiguous(weight, {C}), *b = contiguous(bias, {C});
     float *to = contiguous(out, {rows, C}), *m = contiguous(mean, {rows}), *r = contiguous(rstd, {rows});
     expect_distinct({out, mean, rstd}, {x, weight, bias});
-    const py::gil_scoped_release release;
-    layer_norm_forward(static_cast<int>(rows), static_cast<int>(C), in, w, b, eps, to, m, r);
+    const int n_rows = static_cast<int>(rows), n = static_cast<int>(C);
+    Recording::run([=] { layer_norm_forward(n_rows, n, in, w, b, eps, to, m, r); }, std::move(x),
+                   std::move(weight), std::move(bias), std::move(out), std::move(mean), std::move(rstd));
 }
 
 void py_layer_norm_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
@@ -499,20 +603,32 @@ std::pair<py::ssize_t, py::ssize_t> batch_of(const Ids& ids) {
 }
 
 void py_embedding_forward(const py::buffer& ids_, const py::buffer& tokens_, const MaybeBuffer& positions_,
-                          const py::buffer& out_) {
+                          const py::buffer& out_, const MaybeBuffer& offsets_) {
     const char* where = "embedding";
-    const Ids ids(where, "ids", ids_);
-    const MaybeArray tokens(where, "tokens", tokens_, Access::kRead),
+    Ids ids(where, "ids", ids_);
+    MaybeArray tokens(where, "tokens", tokens_, Access::kRead),
         positions(where, "positions", positions_, Access::kRead), out(where, "out", out_, Access::kWrite);
+    std::optional<Ids> offsets;
+    if (offsets_) offsets.emplace(where, "offsets", *offsets_);
     expect_matrix(*tokens.array, "(V, C)");
     const auto [B, T] = batch_of(ids);
     const auto V = tokens->info.shape[0], C = tokens->info.shape[1];
-    const int32_t* rows = ids.within(0, V);
-    const float *from = tokens->contiguous(), *at = contiguous(positions, {T, C});
+    const auto n_positions = offsets && positions && positions->info.ndim == 2 ? positions->info.shape[0] : T;
+    const float *from = tokens->contiguous(), *at = contiguous(positions, {n_positions, C});
     float* to = contiguous(out, {B, T, C});
-    expect_distinct({out}, {&ids, tokens, positions});
-    const py::gil_scoped_release release;
-    embedding_forward(static_cast<int>(B), static_cast<int>(T), static_cast<int>(C), rows, from, at, to);
+    expect_distinct({out}, {&ids, tokens, positions, offsets ? &*offsets : nullptr});
+    if (offsets && (offsets->info.ndim != 1 || offsets->info.shape[0] != B))
+        fail(where,
+             "offsets is " + shape_text(offsets->info.shape) + ", expected (" + std::to_string(B) + ",)");
+    const Values rows = ids.values(), starts = offsets ? offsets->values() : Values{};
+    const int b = static_cast<int>(B), t = static_cast<int>(T), c = static_cast<int>(C);
+    Recording::run(
+        [=] {
+            rows.expect_within(0, V);
+            starts.expect_within(0, n_positions - T + 1);
+            embedding_forward(b, t, c, rows.data, from, at, starts.data, to);
+        },
+        std::move(ids), std::move(tokens), std::move(positions), std::move(out), std::move(offsets));
 }
 
 void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, const MaybeBuffer& dtokens_,
@@ -713,10 +829,11 @@ activated, if given, gelu(pre) again.)");
     m.def("layer_norm_backward", &py_layer_norm_backward, "dout"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a,
           "dx"_a, "dweight"_a, "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false,
           "accumulate"_a = false, "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias.");
-    m.def(
-        "embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
-        "out[b, t] = tokens[ids[b, t]] + positions[t]. ids: (B, T) int32; tokens: (V, C); positions: (T, C); "
-        "out: (B, T, C).");
+    m.def("embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
+          py::kw_only(), "offsets"_a = py::none(),
+          "out[b, t] = tokens[ids[b, t]] + positions[offsets[b] + t]. ids: (B, T) int32; tokens: (V, C); "
+          "positions: "
+          "(T, C), or of any length with offsets, (B,) int32; out: (B, T, C).");
     m.def("embedding_backward", &py_embedding_backward, "ids"_a, "dout"_a, "dtokens"_a.none(true),
           "dpositions"_a.none(true),
           "Adds dout (B, T, C) to the rows of dtokens (V, C) and dpositions (T, C).");
@@ -771,6 +888,13 @@ lse: (B, n_head, T_q), float32, contiguous. Arithmetic is in float32. out and ls
 If causal, query i sees keys 0 .. i + T_k - T_q. Each probability is dropped with chance `dropout`, by a
 mask that depends on (seed, batch, head, query, key) alone. Raises ValueError for arguments that break
 these rules.)");
+    m.def("attention_cached", &py_attention_cached, "q"_a, "k"_a, "v"_a, "keys"_a, "values"_a, "offsets"_a,
+          "out"_a, py::kw_only(), "scale"_a,
+          R"(Attention of T new positions over a cache, to which their keys and values are added first.
+
+q, k, v, out: (B, n_head, T, head_dim) float32; keys, values: (B, n_head, capacity, head_dim) in any storage, of
+which sequence b's first offsets[b] are held; offsets: (B,) int32. Position i of sequence b sees keys
+0 .. offsets[b] + i. Raises ValueError where there is no room for T more.)");
     m.def("attention_backward", &py_attention_backward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a,
           "dq"_a, "dk"_a, "dv"_a, py::kw_only(), "scale"_a, "causal"_a = true, "dropout"_a = 0.0,
           "seed"_a = 0,
@@ -784,6 +908,23 @@ by tile: the extra memory is O(T_k * head_dim) a thread.)");
     m.def(
         "fma_peak", &py_fma_peak, "n"_a = 5000000,
         "GFLOP/s that all threads reach with n multiply-adds in each register of a block and nothing else.");
+
+    py::class_<Recording>(m, "Recording",
+                          R"(Calls of kernels made in a with statement, to be made again by replay().
+
+What linear_forward, layer_norm_forward, embedding_forward and attention_cached are given is held, and each time
+read and written anew: change ids and offsets in place. One at a time in a thread.)")
+        .def(py::init<>())
+        .def(
+            "__enter__",
+            [](Recording& self) -> Recording& {
+                self.start();
+                return self;
+            },
+            py::return_value_policy::reference)
+        .def("__exit__", [](Recording& self, const py::args&) { self.stop(); })
+        .def("replay", &Recording::replay, "Makes the calls again, in order.")
+        .def("__len__", &Recording::size);
 
     define_operations(m);
 }

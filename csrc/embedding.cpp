@@ -9,7 +9,7 @@
 namespace mlxgpt {
 
 void embedding_forward(int B, int T, int C, const int32_t* ids, const float* tokens, const float* positions,
-                       float* out) {
+                       const int32_t* offsets, float* out) {
     const OpKernels& isa = *kernels().ops;
     const ptrdiff_t rows = static_cast<ptrdiff_t>(B) * T;
     const int n_parts = n_tasks(static_cast<double>(rows) * C, kElementsPerTask);
@@ -20,7 +20,8 @@ void embedding_forward(int B, int T, int C, const int32_t* ids, const float* tok
             if (positions == nullptr)
                 std::copy_n(token, C, out + row * C);
             else
-                isa.add_rows(token, positions + row % T * C, C, out + row * C);
+                isa.add_rows(token, positions + (row % T + (offsets == nullptr ? 0 : offsets[row / T])) * C,
+                             C, out + row * C);
         }
     });
 }

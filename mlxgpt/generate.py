@@ -51,6 +51,7 @@ def main(args: Sequence[str]) -> None:
     _say_what_is_cut(samples[:: config.num_samples], prompts, model)
     output, times = _Output(config, tokenizer, len(samples)), _Times()
     rows = config.batch_size * config.num_samples if config.prompts else len(samples)
+    rows = 1 if draft else rows  # it is checked for one sequence at a time
     done = True
     for at in range(0, len(samples), rows):
         batch = Batch(
@@ -158,7 +159,7 @@ class _Output:
 
     def follow(self, batch: Batch) -> None:
         """Runs a batch to its end."""
-        if self._as_it_comes:
+        if self._as_it_comes and not self._shown:
             sys.stdout.write(batch.samples[0].prompt)
             sys.stdout.flush()
             for row, piece in batch:

@@ -49,7 +49,7 @@ class Piece:
     """What one token adds to a text."""
 
     text: str  # may be empty: a character's first bytes, or what may become a stop string, are held back
-    token: int | None  # None where a text ends without one, as its model is full
+    token: int
     logprob: float | None = None
     finish: Finish | None = None  # in the last piece: why it is the last, as in Sample
 
@@ -83,12 +83,15 @@ def generate(
     """Goes on from a prompt, or from several as one batch: a Sample for one text, a list of them for several.
 
     stop ends a text and is left out of it. on_full: past the model's positions "slide" goes on from the last ones,
-    "stop" ends the text. draft: a smaller model of the same vocabulary, which proposes n_draft tokens at a time.
+    "stop" ends the text. draft: a smaller model of the same vocabulary, which proposes n_draft tokens at a time for
+    a single prompt.
     settings: those of sampling.Sampler: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed.
     An empty prompt starts from the end-of-text token, or a line break where tokens are characters.
     ValueError for a setting out of its range, and text that the tokenizer doesn't know.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        return []
     batch = Batch(
         model, tokenizer, [start(model, tokenizer, text, on_full) for text in prompts], Sampler(**settings),
         max_new_tokens=max_new_tokens, stop=stop, on_full=on_full, draft=draft, n_draft=n_draft, logprobs=logprobs,
@@ -167,7 +170,7 @@ class Batch:
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         growing = list(range(len(self.samples)))
-        for step in self._decoder if growing else ():
+        for step in self._decoder:
             self.last = time.perf_counter()
             if self.first == self.began:
                 self.first = self.last
@@ -177,40 +180,40 @@ class Batch:
             growing = [row for row in growing if self.samples[row].finish is None]
             if not growing:
                 return
-        for row in growing:
-            yield row, self._end(row, "full")
 
     def _add(self, row: int, token: int, logprob: float | None) -> Piece:
-        """One more token of a row, -1 where its model is full."""
-        sample = self.samples[row]
-        if token < 0:
-            return self._end(row, "full")
-        if token == self._tokenizer.end_of_text:
-            return self._end(row, "end_of_text", "", token, logprob)
-        sample.tokens.append(token)
-        if sample.logprobs is not None and logprob is not None:
-            sample.logprobs.append(logprob)
-        text = self._streams[row].push(token)
-        if self._streams[row].stopped:
-            return self._end(row, "stop", text, token, logprob)
-        if len(sample.tokens) == self._max_new_tokens:
-            return self._end(row, "length", text, token, logprob)
+        """One more token of a row."""
+        sample, text = self.samples[row], ""
+        ends = token == self._tokenizer.end_of_text
+        if not ends:
+            text = self._streams[row].push(token)
+            sample.tokens.append(token)
+            if sample.logprobs is not None and logprob is not None:
+                sample.logprobs.append(logprob)
+        reasons: list[tuple[Finish, bool]] = [
+            ("end_of_text", ends),
+            ("stop", self._streams[row].stopped),
+            ("length", len(sample.tokens) == self._max_new_tokens),
+            ("full", bool(self._decoder.full[row])),
+        ]
+        finish = next((name for name, holds in reasons if holds), None)
+        if finish:
+            text += self._streams[row].close()
         self._texts[row].append(text)
-        return Piece(text, token, logprob)
+        if finish:
+            self._end(row, finish)
+        return Piece(text, token, logprob, finish)
 
-    def _end(
-        self, row: int, finish: Finish, text: str = "", token: int | None = None, logprob: float | None = None
-    ) -> Piece:
-        text += self._streams[row].close()
-        self.samples[row].text = "".join([*self._texts[row], text])
+    def _end(self, row: int, finish: Finish) -> None:
+        self.samples[row].text = "".join(self._texts[row])
         self.samples[row].finish = finish
         self._decoder.finish(row)
-        return Piece(text, token, logprob, finish)
 
     def interrupt(self) -> None:
         """Ends the samples that still grow where they are."""
         for row, sample in enumerate(self.samples):
             if sample.finish is None:
+                self._texts[row].append(self._streams[row].close())
                 self._end(row, "interrupted")
 
 

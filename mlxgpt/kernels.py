@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 _core: Any = None
 if os.environ.get("MLXGPT_KERNELS") != "0" and find_spec("mlxgpt._core"):
@@ -39,9 +40,21 @@ if os.environ.get("MLXGPT_KERNELS") != "0" and find_spec("mlxgpt._core"):
         _core = import_module("mlxgpt._core")
 
 
+_STORED = {mx.float32, mx.float16, mx.bfloat16, mx.uint32}  # types of weights that kernels read; uint32: quantized
+
+
 def available(dtype: mx.Dtype = mx.float32) -> bool:
-    """Whether a model of this type runs on the kernels: float32, on the CPU, with the extension there."""
-    return _core is not None and dtype == mx.float32 and mx.default_device().type == mx.cpu
+    """Whether a model of this type is trained on the kernels: float32, on the CPU, with the extension there."""
+    return dtype == mx.float32 and _on_cpu()
+
+
+def _on_cpu() -> bool:
+    return _core is not None and mx.default_device().type == mx.cpu
+
+
+def runs(model: Any) -> bool:
+    """Whether a model's methods marked `entry` run on the kernels when no gradient is wanted."""
+    return _on_cpu() and all(w.dtype in _STORED for w in model.named_weights().values())
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -50,18 +63,18 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def entry(method: Method) -> Method:
     """Marks the methods of a model through which callers run it: arrays in, one array out.
 
-    Where there are kernels for the model's parameters, the method runs on NumPy arrays. With arguments that
-    are not arrays (a cache) the result has no gradient.
+    Where there are kernels for the model's parameters, the method runs on NumPy arrays. With a cache the result
+    has no gradient, and the parameters may be stored in any way; else they are float32.
     """
 
     @functools.wraps(method)
     def call(model: Any, *args: Any) -> Any:
+        arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
+        if any(a is not None and not isinstance(a, np.ndarray) for a in arrays):
+            return _run(None, method, model, arrays) if runs(model) else method(model, *args)
         weights = list(model.named_weights().values())
         if not all(available(w.dtype) for w in weights):
             return method(model, *args)
-        arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
-        if any(a is not None and not isinstance(a, mx.array) for a in args):
-            return _run(None, method, model, arrays)
         tape = _Tape(weights, [mx.zeros(w.shape) for w in weights] if model.training else [])
 
         @mx.custom_function
@@ -76,6 +89,33 @@ def entry(method: Method) -> Method:
         return forward(*weights)
 
     return call  # type: ignore[return-value]
+
+
+class Repeated:
+    """A model's method marked `entry`, of ids and a cache, as a function of the ids alone, for many calls.
+
+    The first call runs the method, and records the kernels that it calls with the arrays that they are given. The
+    calls after it are the recording: of Python's 60 us or so for each layer nothing is left. Ids and the result
+    are NumPy arrays; the result is overwritten by the next call. The parameters are those of the first call.
+    """
+
+    def __init__(self, method: Callable[..., Any], cache: Any) -> None:
+        self._model, self._method = method.__self__, method.__wrapped__  # type: ignore[attr-defined]
+        self._cache = cache
+        self._calls: Any = None
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        if self._calls is None:
+            self._ids = np.array(ids, np.int32)
+            self._calls = _core.Recording()
+            with self._calls:
+                self._output = _run_to_numpy(None, self._method, self._model, [self._ids, self._cache])
+        else:
+            self._ids[...] = ids
+            self._cache.reserve(ids.shape[1])
+            self._calls.replay()
+            self._cache.advance(ids.shape[1])
+        return self._output
 
 
 def run(method: Callable[..., Any], *args: mx.array) -> mx.array:
@@ -210,6 +250,7 @@ class _State(threading.local):
     """Of the method that runs on the kernels in this thread."""
 
     tape: _Tape | None = None  # none where no gradient is wanted
+    bits: dict[int, mx.array] = {}  # noqa: RUF012 of bfloat16 parameters, by their identity
     seed: int | None = None  # of the dropout masks drawn so far
 
 
@@ -217,17 +258,24 @@ _state = _State()
 
 
 def _run(tape: _Tape | None, method: Callable[..., Any], model: nn.Module, args: list[Any]) -> mx.array:
+    return mx.array(_run_to_numpy(tape, method, model, args))
+
+
+def _run_to_numpy(tape: _Tape | None, method: Callable[..., Any], model: nn.Module, args: list[Any]) -> np.ndarray:
     _state.tape, _state.seed = tape, None
     if tape is None:
-        mx.eval(model.parameters())
+        # The buffer protocol has no bfloat16: kernels take its bits.
+        weights = (w for _, w in tree_flatten(model.parameters()))  # type: ignore[arg-type, misc]
+        _state.bits = {id(w): w.view(mx.uint16) for w in weights if w.dtype == mx.bfloat16}
+        mx.eval(model.parameters(), list(_state.bits.values()))
     try:
         output = method(model, *args)
     finally:
-        _state.tape = None
+        _state.tape, _state.bits = None, {}
         _memory.forget_unused()
     if tape is not None:
         tape.output = output
-    return mx.array(output)
+    return output
 
 
 def _record(step: Callable[[_Tape], None]) -> None:
@@ -300,8 +348,16 @@ def _rows(x: np.ndarray | None) -> Any:
 # ---- the kernels, each with its gradient ----
 
 
+def _stored(weight: Any) -> dict[str, mx.array]:
+    """A matrix, which may be an ops.Quantized, as kernels take it."""
+    if isinstance(weight, mx.array):
+        return {"weight": _state.bits.get(id(weight), weight)}
+    parts = ((part, getattr(weight, part)) for part in ("weight", "scales", "biases"))
+    return {name: _state.bits.get(id(part), part) for name, part in parts}
+
+
 def linear(
-    x: np.ndarray, weight: mx.array, bias: mx.array | None, residual: np.ndarray | None, dropout_p: float
+    x: np.ndarray, weight: Any, bias: mx.array | None, residual: np.ndarray | None, dropout_p: float
 ) -> np.ndarray:
     if dropout_p > 0:
         return dropout(linear(x, weight, bias, None, 0.0), dropout_p, residual)
@@ -349,14 +405,16 @@ def mlp(
     return out if dropout_p == 0 else dropout(out, dropout_p, residual)
 
 
-def embeddings(ids: np.ndarray, tokens: mx.array, positions: mx.array, start: int) -> np.ndarray:
-    ids = np.ascontiguousarray(ids, np.int32)
-    end = start + ids.shape[1]
+def embeddings(ids: np.ndarray, tokens: Any, positions: Any, offsets: np.ndarray | None) -> np.ndarray:
+    ids, T = np.ascontiguousarray(ids, np.int32), ids.shape[1]
     out = _empty((*ids.shape, tokens.shape[1]))
-    _core.embedding_forward(ids, tokens, _view(positions)[start:end], out)
+    if offsets is None:
+        _core.embedding_forward(ids, tokens, _view(positions)[:T], out)
+    else:
+        _core.embedding_forward(ids, tokens, positions, out, offsets=offsets)
 
     def backward(tape: _Tape) -> None:
-        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), _view(tape.of(positions))[start:end])
+        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), _view(tape.of(positions))[:T])
 
     _record(backward)
     return out
@@ -444,6 +502,15 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, dropout_p: float) -> 
             tape.put(array, gradient)
 
     _record(backward)
+    return out
+
+
+def cached_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, offsets: np.ndarray
+) -> np.ndarray:
+    B, n_head, T, head_dim = q.shape
+    out = _empty((B, T, n_head, head_dim)).swapaxes(1, 2)
+    _core.attention_cached(q, k, v, keys, values, offsets, out, scale=head_dim**-0.5)
     return out
 
 

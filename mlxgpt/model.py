@@ -10,7 +10,6 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +20,17 @@ from .cache import KVCache
 from .config import GPTConfig
 
 
-class Linear(nn.Module):
+class Weight(nn.Module):
+    """A module with a matrix: an array, or what is left of one by quantization (weight, scales, biases, group_size)."""
+
+    @property
+    def matrix(self) -> ops.Matrix:
+        if "scales" in self:
+            return ops.Quantized(self.weight, self.scales, self.biases, self.group_size)
+        return self.weight
+
+
+class Linear(Weight):
     """x W^T + b. (..., n_in) -> (..., n_out)."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool, std: float = 0.02) -> None:
@@ -32,10 +41,10 @@ class Linear(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None, dropout_p: float = 0.0) -> mx.array:
         """With dropout of what it returns, and the residual stream added to that."""
-        return ops.linear(x, self.weight, self.get("bias"), residual, dropout_p)
+        return ops.linear(x, self.matrix, self.get("bias"), residual, dropout_p)
 
 
-class Embedding(nn.Module):
+class Embedding(Weight):
     """A learned row of n_embd numbers for each of n_ids ids."""
 
     def __init__(self, n_ids: int, n_embd: int) -> None:
@@ -72,10 +81,11 @@ class CausalSelfAttention(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
         q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, 3C) -> 3 x (B, n_head, T, head_dim)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, n_head, T_k, head_dim): those seen before come first
         p = self.dropout if self.training else 0.0
-        y = ops.attention(q, k, v, p)  # (B, n_head, T, head_dim), by way of (B, n_head, T, T_k) scores
+        if cache is None:
+            y = ops.attention(q, k, v, p)  # (B, n_head, T, head_dim), by way of (B, n_head, T, T) scores
+        else:
+            y = ops.cached_attention(q, k, v, cache, layer)  # the same, of positions that follow others
         return self.c_proj(ops.merge_heads(y), residual, p)  # heads side by side: (B, T, C)
 
 
@@ -127,66 +137,46 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
-    def head(self) -> mx.array:
+    def head(self) -> ops.Matrix:
         """What makes the logits, (V, C): the token embedding's weight, or one of its own."""
-        return (self.wte if self.config.tied_head else self.lm_head).weight
+        return (self.wte if self.config.tied_head else self.lm_head).matrix
 
     @ops.entry
     def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """Logits of the token after each position. ids (B, T) int32 -> (B, T, V).
 
-        With a cache the T positions follow those it holds, and are added to it.
+        With a cache the T positions follow those that it holds, and are added to it.
         ValueError for positions past block_size.
         """
         x = self.hidden(ids, cache)  # (B, T, C)
         return ops.linear(x, self.head)  # (B, T, V)
 
+    @ops.entry
+    def next_logits(self, ids: mx.array, cache: KVCache) -> mx.array:
+        """Logits of the token after the last position alone. ids (B, T) int32 -> (B, V)."""
+        x = self.hidden(ids, cache)[:, -1]  # (B, C)
+        return ops.linear(x, self.head)  # (B, V)
+
     def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
-        start = cache.offset if cache is not None else 0
-        end = start + ids.shape[1]
-        if end > self.config.block_size:
-            raise ValueError(f"GPT: {end} positions, at most block_size = {self.config.block_size}")
-        x = ops.embeddings(ids, self.wte.weight, self.wpe.weight, start)  # (B, T, C)
+        T, offsets = ids.shape[1], None
+        if cache is not None:
+            cache.reserve(T)
+            offsets = cache.offsets
+        elif T > self.config.block_size:
+            raise ValueError(f"GPT: {T} positions, at most block_size = {self.config.block_size}")
+        x = ops.embeddings(ids, self.wte.matrix, self.wpe.matrix, offsets)  # (B, T, C)
         x = ops.dropout(x, self.config.dropout if self.training else 0.0)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache)
+        if cache is not None:
+            cache.advance(T)
         return self.ln_f(x)
 
     @ops.entry
     def loss(self, ids: mx.array, targets: mx.array) -> mx.array:
         """Mean cross entropy in nats. ids, targets (B, T) int32; a target of -1 is not counted -> scalar."""
         return ops.linear_cross_entropy(self.hidden(ids), self.head, targets)
-
-    def generate(
-        self, ids: mx.array, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0, vocab_size: int = 0
-    ) -> Iterator[mx.array]:
-        """Samples without end: yields the next token of each sequence, (B,) int32, given ids (B, T), T >= 1.
-
-        temperature divides the logits, 0 takes the most likely token; top_k > 0 keeps the k most likely;
-        vocab_size > 0 keeps ids below it (the model's vocabulary may be padded). Same seed, same tokens.
-        Past block_size the context is cropped to the last block_size tokens.
-        """
-        size, key = self.config.block_size, mx.random.key(seed)
-        cache = KVCache(self.config.n_layer, size)
-        new = ids[:, -size:]
-        context = new
-        while True:
-            if cache.offset + new.shape[1] > size:  # every position moves, so all are computed again
-                cache = KVCache(self.config.n_layer, size)
-                new = context
-            logits = self(new, cache)[:, -1, : vocab_size or None].astype(mx.float32)  # (B, V)
-            if temperature == 0:
-                token = mx.argmax(logits, axis=-1)  # (B,)
-            else:
-                if 0 < top_k < logits.shape[-1]:
-                    kth = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)  # (B, 1)
-                    logits = mx.where(logits < kth, -mx.inf, logits)
-                key, draw = mx.random.split(key)
-                token = mx.random.categorical(logits / temperature, key=draw)  # (B,)
-            new = token.astype(mx.int32)[:, None]  # (B, 1)
-            context = mx.concatenate([context, new], axis=1)[:, -size:]
-            yield new[:, 0]
 
     def named_weights(self) -> dict[str, mx.array]:
         """Every parameter by its name, as "h.0.attn.c_attn.weight". A tied head is wte and not there again."""

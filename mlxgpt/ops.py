@@ -7,18 +7,41 @@ run on NumPy arrays, and an operation that is given one is a kernel: see kernels
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from . import kernels
+from .cache import KVCache
 
 entry = kernels.entry
 
 Array = TypeVar("Array", mx.array, np.ndarray)
+
+
+class Quantized(NamedTuple):
+    """A matrix (n_out, n_in) in groups along its rows: scale * number + bias, as mx.quantize makes it."""
+
+    weight: mx.array  # (n_out, n_in * bits / 32) uint32
+    scales: mx.array  # (n_out, n_in / group_size)
+    biases: mx.array  # as scales
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[0], self.scales.shape[1] * self.group_size
+
+    @property
+    def bits(self) -> int:
+        return self.weight.shape[1] * 32 // self.shape[1]
+
+
+Matrix = mx.array | Quantized
 
 
 def use_device(name: str) -> mx.Device:
@@ -34,28 +57,73 @@ def use_device(name: str) -> mx.Device:
     return device
 
 
+def on_kernels(model: nn.Module) -> bool:
+    """Whether a model generates on the CPU's kernels, and its results are to be NumPy arrays."""
+    return kernels.runs(model)
+
+
+def repeated(method: Callable[..., Any], cache: KVCache) -> Callable[[Array], Array]:
+    """A model's method marked `entry`, of ids (B, T) and a cache, as a function of the ids alone, to be called often.
+
+    The T positions follow those that the cache holds, and are added to it; T and B stay the same. On the CPU's
+    kernels the calls of the first time are recorded and made again, on NumPy arrays, and the result is overwritten
+    by the next call; elsewhere it is compiled, once for each size that the cache's arrays grow to.
+    ValueError where the cache is full.
+    """
+    if on_kernels(method.__self__):  # type: ignore[attr-defined]
+        return kernels.Repeated(method, cache)
+    model, body = method.__self__, method.__wrapped__  # type: ignore[attr-defined]
+
+    @functools.partial(mx.compile, inputs=model.state)
+    def step(ids: mx.array, offsets: mx.array, keys: list[mx.array], values: list[mx.array]) -> Any:
+        inner = KVCache.of(offsets, keys, values)
+        return body(model, ids, inner), inner.keys, inner.values
+
+    def call(ids: mx.array) -> mx.array:
+        if cache.keys[0] is None:
+            return method(ids, cache)
+        cache.reserve(ids.shape[1])
+        # The cache's own arrays are not held here: those that nobody else holds are written in place.
+        output, cache.keys, cache.values = step(ids, mx.array(cache.offsets), cache.keys, cache.values)
+        cache.advance(ids.shape[1])
+        return output
+
+    return call
+
+
 def linear(
-    x: Array, weight: mx.array, bias: mx.array | None = None, residual: Array | None = None, dropout_p: float = 0.0
+    x: Array, weight: Matrix, bias: mx.array | None = None, residual: Array | None = None, dropout_p: float = 0.0
 ) -> Array:
     """residual + dropout(x W^T + b). x (..., n_in), weight (n_out, n_in), bias (n_out,) -> (..., n_out)."""
     if isinstance(x, np.ndarray):
         return kernels.linear(x, weight, bias, residual, dropout_p)
-    y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    if isinstance(weight, Quantized):
+        y = mx.quantized_matmul(x, *weight[:3], transpose=True, group_size=weight.group_size, bits=weight.bits)
+        y = y if bias is None else y + bias
+    else:
+        y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     return dropout(y, dropout_p, residual)
 
 
-def embedding(ids: mx.array, weight: mx.array) -> mx.array:
+def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     """Rows of weight (V, C), one for each of ids (...), int32 in [0, V) -> (..., C)."""
+    if isinstance(weight, Quantized):
+        rows = (part[ids] for part in weight[:3])
+        return mx.dequantize(*rows, group_size=weight.group_size, bits=weight.bits)
     return weight[ids]
 
 
-def embeddings(ids: Array, tokens: mx.array, positions: mx.array, start: int) -> Array:
-    """Token and position embeddings summed. ids (B, T), tokens (V, C), positions (T_max, C), of which the T from
-    `start` on are those of ids -> (B, T, C)."""
+def embeddings(ids: Array, tokens: Matrix, positions: Matrix, offsets: Any = None) -> Array:
+    """Token and position embeddings summed. ids (B, T), tokens (V, C), positions (T_max, C) -> (B, T, C).
+
+    Sequence b's positions are the T from offsets[b] on, offsets (B,) int32; from 0 on without offsets.
+    """
     if isinstance(ids, np.ndarray):
-        return kernels.embeddings(ids, tokens, positions, start)
-    at = mx.arange(start, start + ids.shape[1])  # (T,)
-    return embedding(ids, tokens) + embedding(at, positions)  # (B, T, C) + (T, C)
+        return kernels.embeddings(ids, tokens, positions, offsets)
+    at = mx.arange(ids.shape[1])  # (T,)
+    if offsets is not None:
+        at = mx.array(offsets)[:, None] + at  # (B, T)
+    return embedding(ids, tokens) + embedding(at, positions)  # (B, T, C) + (B, T, C) or (T, C)
 
 
 def layer_norm(x: Array, weight: mx.array, bias: mx.array | None, eps: float) -> Array:
@@ -125,6 +193,22 @@ def attention(q: Array, k: Array, v: Array, dropout_p: float = 0.0) -> Array:
     return dropout(weights, dropout_p) @ v
 
 
+def cached_attention(q: Array, k: Array, v: Array, cache: KVCache, layer: int) -> Array:
+    """Causal attention of T new positions over those that a cache holds and themselves, which it is given first.
+
+    q, k, v (B, n_head, T, head_dim) -> (B, n_head, T, head_dim). Position i of sequence b sees offsets[b] + i + 1.
+    """
+    keys, values = cache.layer(layer, like=k)  # (B, n_head, capacity, head_dim)
+    if isinstance(q, np.ndarray):
+        return kernels.cached_attention(q, k, v, keys, values, cache.offsets)
+    at = mx.array(cache.offsets)[:, None] + mx.arange(q.shape[2])  # (B, T)
+    into = mx.broadcast_to(at[:, None, :, None], k.shape)  # (B, n_head, T, head_dim)
+    cache.keys[layer] = keys = mx.put_along_axis(keys, into, k, axis=2)
+    cache.values[layer] = values = mx.put_along_axis(values, into, v, axis=2)
+    visible = (mx.arange(keys.shape[2]) <= at[:, :, None])[:, None]  # (B, 1, T, capacity)
+    return mx.fast.scaled_dot_product_attention(q, keys, values, scale=q.shape[-1] ** -0.5, mask=visible)
+
+
 def merge_heads(y: Array) -> Array:
     """Heads side by side, (B, n_head, T, head_dim) -> (B, T, C)."""
     if isinstance(y, np.ndarray):
@@ -145,7 +229,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return losses.sum() / mx.maximum(counted.sum(), 1)
 
 
-def linear_cross_entropy(x: Array, weight: mx.array, targets: Array) -> Array:
+def linear_cross_entropy(x: Array, weight: Matrix, targets: Array) -> Array:
     """cross_entropy(x W^T, targets). x (..., C), weight (V, C), targets (...) -> scalar.
 
     The kernel makes the logits (..., V) of some rows at a time, and their gradient with them.

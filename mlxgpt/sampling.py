@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -131,7 +131,11 @@ def draw(logits: Array, u: np.ndarray) -> Array:
         total = sums.max(axis=-1, keepdims=True)  # (B, 1)
         under = mx.minimum(mx.array(u, mx.float32)[:, None] * total, total * (1 - 2**-23))
         return mx.argmax(sums > under, axis=-1).astype(mx.int32)
-    weight = np.exp(logits - logits.max(axis=-1, keepdims=True))  # (B, V)
+    return draw_from(np.exp(logits - logits.max(axis=-1, keepdims=True)), u)
+
+
+def draw_from(weight: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """draw by weights (B, V), which need not sum to 1 and are not all 0. u (B,) -> (B,) int32."""
     shares = u * weight.sum(axis=-1, dtype=np.float64)
     return np.array([_find(row, share, "right") for row, share in zip(weight, shares, strict=True)], np.int32)
 
@@ -217,11 +221,13 @@ class Sampler:
 
         seen, the ids in each row's text so far, is asked for only where repetition_penalty is not 1. Of a greedy
         sampler, which takes the largest, what can't change that is left out: all from temperature on.
-        ValueError for logits that are NaN or infinite, and where every token of a row is forbidden.
+        ValueError for logits that are NaN or infinite, and where every token of a row is forbidden; of MLX arrays,
+        which stay lazy, this is asked when they are drawn from.
         """
-        logits = _checked(logits)
+        _check(logits)
         if self.logit_bias:
-            logits = _checked(logit_bias(logits, self.logit_bias))
+            logits = logit_bias(logits, self.logit_bias)
+            _check(logits)
         if self.repetition_penalty != 1:
             if seen is None:
                 raise ValueError(f"repetition_penalty is {self.repetition_penalty}, but the ids seen are not given")
@@ -233,13 +239,21 @@ class Sampler:
         return min_p(top_p(top_k(logits, self.top_k), self.top_p), self.min_p)
 
     def __call__(self, logits: Array, seen: Array | None = None, u: np.ndarray | None = None) -> Array:
-        """The next token of each row: (B, V) -> (B,) int32. u (B,) in [0, 1), which a greedy sampler does without."""
-        logits = self.process(logits, seen)
+        """The next token of each row: (B, V) -> (B,) int32. u (B,) in [0, 1), which a greedy sampler does without.
+
+        ValueError as `process`; in an MLX array, which stays lazy, a row that it is for has -1 in its place.
+        """
+        given, logits = logits, self.process(logits, seen)
         if self.greedy:
-            return most_likely(logits)
-        if u is None:
+            tokens = most_likely(logits)
+        elif u is None:
             raise ValueError(f"temperature is {self.temperature}, but no random numbers are given")
-        return draw(logits, u)
+        else:
+            tokens = draw(logits, u)
+        if isinstance(logits, mx.array):
+            numbers = mx.all(given < mx.inf, axis=-1) & mx.any(logits > -mx.inf, axis=-1)  # NaN < inf is false
+            tokens = mx.where(numbers, tokens, -1)
+        return tokens
 
     def probabilities(self, logits: Array, seen: Array | None = None) -> Array:
         """What each token is drawn with: (B, V) -> (B, V), 1 for a greedy sampler's one token."""
@@ -254,12 +268,7 @@ class Sampler:
         return weight / weight.sum(axis=-1, keepdims=True)
 
 
-def _checked(logits: Array) -> Array:
-    """The logits, if each row's largest is a finite number: NumPy's maximum is NaN where one is, MLX's need not be."""
-    peak: Any = logits.max(axis=-1)
-    if isinstance(logits, mx.array):
-        peak = np.asarray(mx.where(mx.any(mx.isnan(logits), axis=-1), mx.nan, peak))
-    if not np.isfinite(peak).all():
-        value = peak[~np.isfinite(peak)][0]
-        raise ValueError(f"logits: the largest is {value}, expected a finite number")
-    return logits
+def _check(logits: Array) -> None:
+    """ValueError unless each row's largest is a finite number. NumPy's maximum is NaN where one element is."""
+    if isinstance(logits, np.ndarray) and not np.isfinite(peak := logits.max(axis=-1)).all():
+        raise ValueError(f"logits: the largest is {peak[~np.isfinite(peak)][0]}, expected a finite number")

@@ -21,8 +21,10 @@ from rich.console import Console
 
 from . import checkpoint, cli, data, kernels, ops, report, tokenizer
 from .config import GPTConfig, TrainConfig, settings
+from .decoding import Decoder
 from .model import GPT
 from .optim import AdamW, clip_grad_norm, learning_rate
+from .sampling import Sampler
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
 
@@ -242,10 +244,10 @@ class Run:
 
     def sample(self) -> str:
         """Text from the model as it is, from an empty prompt; the same seed each time."""
-        self.model.eval()
-        ids = mx.array([[self.tokenizer.start]], mx.int32)
-        tokens = self.model.generate(ids, temperature=0.8, seed=self.config.seed, vocab_size=self.tokenizer.vocab_size)
-        return tokenizer.decode(self.tokenizer, [int(t) for t in itertools.islice(tokens, self.config.sample_tokens)])
+        sampler = Sampler(temperature=0.8, seed=self.config.seed)
+        steps = Decoder(self.model, [[self.tokenizer.start]], sampler, vocab_size=self.tokenizer.vocab_size)
+        tokens = [int(step.tokens[0]) for step in itertools.islice(steps, self.config.sample_tokens)]
+        return tokenizer.decode(self.tokenizer, tokens)
 
     def _summary(self) -> None:
         print(report.terminal_curve(self.metrics, self.console))

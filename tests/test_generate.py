@@ -186,7 +186,19 @@ def test_logprobs_stand_below_the_sample(capsys, directory):
 def test_a_file_of_prompts_whatever_the_batches(capsys, directory, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"abc\r\n\ndef\nabcdefghi\n")
-    flags = ("--model", directory, "--prompts", file, "--num_samples", 2, "--max_new_tokens", 5, "--temperature", 4, "--json")
+    flags = (
+        "--model",
+        directory,
+        "--prompts",
+        file,
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        5,
+        "--temperature",
+        4,
+        "--json",
+    )
     lines = records(text(capsys, *flags, "--batch_size", 8))
     assert [line["prompt"] for line in lines] == [p for p in ("abc", "", "def", "abcdefghi") for _ in range(2)]
     assert records(text(capsys, *flags, "--batch_size", 1)) == lines

@@ -103,7 +103,8 @@ def test_a_full_model_ends_the_text(loaded):
     assert [row.finish for row in sample] == ["full", "full"]
     assert [len(row.tokens) for row in sample] == [14, 16]  # the last one is not put in again
     pieces = list(mlxgpt.stream(*loaded, "abc", on_full="stop"))
-    assert pieces[-1] == Piece("", None, None, "full")
+    assert [piece.finish for piece in pieces] == [None] * 13 + ["full"]
+    assert "".join(piece.text for piece in pieces) == sample[0].text
     with pytest.raises(ValueError, match="prompt: 17 tokens, at most block_size = 16"):
         mlxgpt.generate(*loaded, "a" * 17, on_full="stop")
     assert len(mlxgpt.generate(*loaded, "a" * 17, max_new_tokens=5).text) == 5

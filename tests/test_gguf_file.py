@@ -14,7 +14,9 @@ import pytest
 
 from mlxgpt import gguf_file
 from mlxgpt.config import GPTConfig
+from mlxgpt.decoding import Decoder
 from mlxgpt.model import GPT
+from mlxgpt.sampling import Sampler
 from mlxgpt.tokenizer import BPETokenizer, CharTokenizer, decode
 
 gguf = pytest.importorskip("gguf")
@@ -382,8 +384,8 @@ def test_llama_cpp_goes_on_as_we_do(tmp_path):
     config = GPTConfig(block_size=64, vocab_size=60, n_layer=2, n_head=2, n_embd=64)
     llm = llama(write(tmp_path / "m.gguf", config, tokenizer=characters), n_ctx=64)
     found = llm("THE START", max_tokens=40, temperature=0, repeat_penalty=1)["choices"][0]
-    ours = random_model(config).generate(mx.array(characters.encode("THE START"))[None], temperature=0)
-    assert found["text"] == decode(characters, [int(next(ours)[0]) for _ in range(40)])
+    ours = Decoder(random_model(config), [characters.encode("THE START")], Sampler(temperature=0))
+    assert found["text"] == decode(characters, [int(next(ours).tokens[0]) for _ in range(40)])
     assert found["finish_reason"] == "length"  # no character ends it
     llm.close()
 

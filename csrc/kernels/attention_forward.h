@@ -160,6 +160,14 @@ inline void decode(const AttentionHead& head, float* scratch) {
     for (int d = 0; d < D; d += kLanes) write_vector(head.out, 0, d, D, load(out + d) * set(1.0F / total));
 }
 
+void copy_rows(StoredRows from, int n, int D, StoredRows to) {
+    typed(from, 0, [=](const auto* row) {
+        for (int i = 0; i < n; ++i, row += from.stride)
+            for (int d = 0; d < D; d += kLanes)
+                write_vector(to, i, d, D, d + kLanes <= D ? load(row + d) : load_part(row + d, D - d));
+    });
+}
+
 size_t forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).arena.used; }
 
 void attention_forward(const AttentionHead& head, int first, int step, float* scratch) {

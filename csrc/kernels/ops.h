@@ -40,6 +40,7 @@ const mlxgpt::OpKernels op_kernels = {
      backward_scratch,            \
      kv_sums,                     \
      attention_forward,           \
+     copy_rows,                   \
      attention_backward,          \
      attention_write_kv,          \
      dropout_mask,                \

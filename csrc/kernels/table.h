@@ -119,6 +119,9 @@ struct Kernels {
     /// Writes out and lse for query blocks first, first + step, first + 2 * step, ...
     void (*attention_forward)(const AttentionHead& head, int first, int step, float* scratch);
 
+    /// Copies n rows of D elements, rounded to the storage of `to`.
+    void (*copy_rows)(StoredRows from, int n, int D, StoredRows to);
+
     /// Writes dq for those query blocks, and what they add to dk and dv into `sums`.
     void (*attention_backward)(const AttentionHead& head, int first, int step, float* scratch, float* sums);
 
