@@ -154,6 +154,8 @@ class Decoder:
     def _took(self, tokens: Any, logprobs: Any = None) -> Step:
         """Adds the tokens to the texts -> what the caller sees of them."""
         tokens = np.where(self._ended, -1, np.asarray(tokens)).astype(np.int32)
+        if (tokens[~self._ended] < 0).any():  # how a sampler of MLX arrays says it
+            raise ValueError("logits: not finite numbers, or every token is forbidden")
         for row in np.flatnonzero(~self._ended):
             self._texts[row].tokens.append(int(tokens[row]))
             if self._texts[row].is_full and not self._slides:
