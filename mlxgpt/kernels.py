@@ -68,12 +68,14 @@ def entry(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(model: Any, *args: Any) -> Any:
-        arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
-        if any(a is not None and not isinstance(a, np.ndarray) for a in arrays):
-            return _run(None, method, model, arrays) if runs(model) else method(model, *args)
+        has_cache = any(a is not None and not isinstance(a, mx.array) for a in args)
         weights = list(model.named_weights().values())
-        if not all(available(w.dtype) for w in weights):
+        if not (runs(model) if has_cache else all(available(w.dtype) for w in weights)):
             return method(model, *args)
+        # Not before: where MLX compiles the method, its arguments have no values yet.
+        arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
+        if has_cache:
+            return _run(None, method, model, arrays)
         tape = _Tape(weights, [mx.zeros(w.shape) for w in weights] if model.training else [])
 
         @mx.custom_function
