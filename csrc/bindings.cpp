@@ -19,6 +19,7 @@
 
 #include "adamw.h"
 #include "attention.h"
+#include "copy.h"
 #include "cross_entropy.h"
 #include "dispatch.h"
 #include "dropout.h"
@@ -33,7 +34,7 @@ namespace py = pybind11;
 namespace mlxgpt {
 namespace {
 
-enum class Access { kRead, kWrite };
+enum class Access { kRead, kReadUnaligned, kWrite };
 
 template <class List>
 std::string shape_text(const List& shape) {
@@ -66,7 +67,7 @@ struct Memory {
         if (access == Access::kWrite && info.readonly)
             fail(where, name + " is read-only, expected a writable array");
         const auto multiple = " a multiple of " + std::to_string(info.itemsize) + " bytes";
-        if (reinterpret_cast<uintptr_t>(info.ptr) % info.itemsize != 0)
+        if (access != Access::kReadUnaligned && reinterpret_cast<uintptr_t>(info.ptr) % info.itemsize != 0)
             fail(where, name + " does not begin on" + multiple);
         for (const auto stride : info.strides)
             if (stride % info.itemsize != 0)
@@ -869,6 +870,33 @@ void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, ui
     dropout(n, from, more, static_cast<float>(p), seed, to);
 }
 
+bool py_copy(const py::buffer& x_, const py::buffer& out_) {
+    const char* where = "copy";
+    const Array x(where, "x", x_, Access::kReadUnaligned), out(where, "out", out_, Access::kWrite);
+    const auto n_axes = x.info.ndim;
+    if (n_axes != 1 && n_axes != 2)
+        fail(where, "x is " + shape_text(x.info.shape) + ", expected one axis or two");
+    if (out.info.shape != x.info.shape)
+        fail(where, "out is " + shape_text(out.info.shape) + ", expected " + shape_text(x.info.shape));
+    if (out.storage != Storage::kFloat32) out.expect_storage(x);
+    out.expect_contiguous();
+    CopyCall call;
+    call.rows = n_axes == 2 ? x.info.shape[0] : 1;
+    call.columns = x.info.shape.back();
+    call.x = static_cast<const char*>(x.info.ptr);
+    call.x_row = n_axes == 2 ? x.info.strides[0] : 0;
+    call.x_column = x.info.strides.back();
+    call.x_storage = x.storage;
+    call.out = out.info.ptr;
+    call.out_storage = out.storage;
+    const auto apart = [&](py::ssize_t n, py::ssize_t stride) { return n > 1 && stride != x.info.itemsize; };
+    if (apart(call.columns, call.x_column) && apart(call.rows, call.x_row))
+        fail(where, "x has no axis with a stride of 1, expected one");
+    expect_distinct({&out}, {&x});
+    const py::gil_scoped_release release;
+    return copy(call);
+}
+
 void py_vector_math(const std::string& name, const py::buffer& x_, const py::buffer& out_) {
     const char* where = "_vector_math";
     const Array x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
@@ -945,6 +973,11 @@ Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_n
         "dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
         "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "
         "position. The gradient of x is dropout(dout, None, p, seed, dx).");
+    m.def("copy", &py_copy, "x"_a, "out"_a,
+          R"(out = x, (n,) or (rows, columns), and returns whether every value is finite.
+
+One of x's axes has a stride of 1, and x may begin anywhere, as it does in a mapped file. out is contiguous, and
+of x's type or float32.)");
     m.def("_vector_math", &py_vector_math, "name"_a, "x"_a, "out"_a,
           "A function of kernels/math.h, for tests.");
 }

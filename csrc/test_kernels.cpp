@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "copy.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "testing.h"
@@ -373,6 +374,74 @@ void check_threads() {
     }
 }
 
+// ---- copies ----
+
+float widened(uint16_t bits, Storage storage) {
+    if (storage == Storage::kBFloat16) return from_bits(static_cast<uint32_t>(bits) << 16);
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                       : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                       : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+    return bits >> 15 ? -size : size;
+}
+
+// Every element is its own bits' value, nothing behind out is written, and one value that is not finite is
+// seen wherever it lies.
+void check_copy(int rows, int columns, bool turned, Storage from, Storage to) {
+    const int from_size = from == Storage::kFloat32 ? 4 : 2, to_size = to == Storage::kFloat32 ? 4 : 2;
+    const int n = rows * columns;
+    std::vector<char> memory(n * from_size + 1), out(n * to_size + 8, '\x55');
+    std::vector<uint32_t> bits(n);
+    std::mt19937 random(n);
+    CopyCall call{rows, columns, memory.data() + 1, 0, 0, from, out.data(), to};
+    call.x_row = from_size * (turned ? 1 : columns);
+    call.x_column = from_size * (turned ? rows : 1);
+    const auto put = [&](int i, uint32_t value) {
+        bits[i] = value;
+        std::memcpy(memory.data() + 1 + i / columns * call.x_row + i % columns * call.x_column, &value,
+                    from_size);
+    };
+    const uint32_t exponent = from == Storage::kFloat32    ? 0x7F800000
+                              : from == Storage::kBFloat16 ? 0x7F80
+                                                           : 0x7C00;
+    const uint32_t lowest = exponent & ~(exponent << 1);  // the exponent's last bit
+    for (int i = 0; i < n; ++i) {
+        uint32_t value = from_size == 4 ? random() : random() & 0xFFFF;
+        if ((value & exponent) == exponent) value ^= lowest;
+        put(i, value);
+    }
+    const auto right = [&] {
+        for (int i = 0; i < n; ++i) {
+            uint32_t expected = bits[i], found = 0;
+            if (to_size != from_size) {
+                const float value = widened(static_cast<uint16_t>(bits[i]), from);
+                std::memcpy(&expected, &value, 4);
+            }
+            std::memcpy(&found, out.data() + i * to_size, to_size);
+            if (expected != found) return false;
+        }
+        return std::all_of(out.end() - 8, out.end(), [](char c) { return c == '\x55'; });
+    };
+    const char* layout = turned ? "turned" : "straight";
+    expect(copy(call) && right(), "copy: (%d, %d) %s, %d to %d bytes", rows, columns, layout, from_size,
+           to_size);
+    for (const int at : {0, n / 2, n - 1}) {
+        const uint32_t before = bits[at];
+        put(at, exponent);
+        expect(!copy(call) && right(), "copy: infinity at %d of (%d, %d) %s", at, rows, columns, layout);
+        put(at, before);
+    }
+}
+
+void check_copies() {
+    constexpr Storage kStorages[] = {Storage::kFloat32, Storage::kBFloat16, Storage::kFloat16};
+    constexpr int kShapes[][2] = {{1, 1}, {1, 7}, {5, 1}, {3, 5}, {64, 64}, {65, 63}, {130, 71}, {300, 257}};
+    for (const Storage from : kStorages)
+        for (const Storage to : {from, Storage::kFloat32})
+            for (const auto& [rows, columns] : kShapes)
+                for (const bool turned : {false, true}) check_copy(rows, columns, turned, from, to);
+}
+
 }  // namespace
 
 int main() {
@@ -385,5 +454,6 @@ int main() {
         check_operations(*isa);
     }
     check_threads();
+    check_copies();
     return verdict();
 }

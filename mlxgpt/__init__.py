@@ -1,7 +1,9 @@
 """mlxgpt: train and sample small GPTs with MLX, on the Apple GPU or on a CPU."""
 
+import importlib
 import sys
 from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -19,3 +21,16 @@ except ImportError as error:
     if sys.argv[0] == "-m":  # python -m mlxgpt.train: a line for a person, no traceback
         sys.exit(_message)
     raise ImportError(_message) from error
+
+if TYPE_CHECKING:
+    from .generation import generate, load, stream
+
+__all__ = ["generate", "load", "stream"]
+
+
+def __getattr__(name: str) -> Any:
+    """The Python interface, imported when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(".generate", __name__)
+    return module if name == "generate" else getattr(module, name)  # the module is callable, as the function

@@ -18,11 +18,13 @@ class KVCache:
     keys[n] and values[n] of layer n are (B, n_head, capacity, head_dim), None before they are first written. Of
     sequence b the first offsets[b] positions count, offsets (B,) int32; what lies behind is never read, so that a
     smaller offset takes positions back. NumPy arrays on the CPU's kernels, for all block_size positions at once
-    (memory that is not written to costs nothing); MLX's elsewhere.
+    (memory that is not written to costs nothing), stored as `dtype`, bfloat16 by its bits in uint16; elsewhere
+    MLX's, of the type that the model computes in.
     """
 
-    def __init__(self, n_layer: int, block_size: int, batch_size: int = 1) -> None:
+    def __init__(self, n_layer: int, block_size: int, batch_size: int = 1, dtype: mx.Dtype = mx.float32) -> None:
         self.block_size = block_size
+        self._storage = {mx.float16: np.float16, mx.bfloat16: np.uint16}.get(dtype, np.float32)
         self.capacity = 0  # positions that MLX's arrays have room for
         self.offsets: Any = np.zeros(batch_size, np.int32)
         self.keys: list[Any] = [None] * n_layer
@@ -60,7 +62,7 @@ class KVCache:
             capacity = self.block_size if on_kernels else self.capacity
             shape = (len(self.offsets), like.shape[1], capacity, like.shape[3])
             for arrays in (self.keys, self.values):
-                arrays[n] = np.zeros(shape, like.dtype) if on_kernels else mx.zeros(shape, like.dtype)
+                arrays[n] = np.zeros(shape, self._storage) if on_kernels else mx.zeros(shape, like.dtype)
         return self.keys[n], self.values[n]
 
     def advance(self, T: int) -> None:

@@ -22,7 +22,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from . import kernels, safetensors_file
 from .config import GPTConfig, TrainConfig, from_dict
 from .model import GPT
 from .optim import AdamW
+from .safetensors_file import Tensor
 from .tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -169,72 +173,120 @@ def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
     return model, quantization
 
 
-def load_model(directory: Path) -> GPT:
-    """The model in a directory, in float32 whatever the file holds, ready for evaluation.
+def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
+    """The model in a directory, ready for evaluation.
 
-    FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that
-    holds a value that is not finite.
+    Its weights are of a floating-point type whatever the file holds, or if that is None of the file's; but
+    float64 and quantized weights then become float32. FileNotFoundError; ValueError that lists missing, unknown
+    and misshapen tensors, or names one that holds a value that is not finite.
     """
     (config, quantization), path = _read_config(directory), directory / WEIGHTS
-    weights = _read_tensors(path)
-    conv1d = not any(name.startswith("model.") for name in weights)  # mlx_lm's names come with our layout
-    weights = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in weights.items()}
+    tensors = _read_tensors(path)
+    conv1d = not any(name.startswith("model.") for name in tensors)  # mlx_lm's names come with our layout
+    tensors = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in tensors.items()}
     if quantization:
-        weights = _dequantized(weights, quantization["bits"], quantization["group_size"], path)
-    weights = {name: t for name, t in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if config.tied_head and (head := weights.pop("lm_head.weight", None)) is not None:
-        if "wte.weight" not in weights or not mx.array_equal(head, weights["wte.weight"]).item():
+        tensors = _dequantized(tensors, quantization["bits"], quantization["group_size"], path)
+    tensors = {name: t for name, t in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if config.tied_head and (head := tensors.pop("lm_head.weight", None)) is not None:
+        if "wte.weight" not in tensors or not np.array_equal(head.read(), tensors["wte.weight"].read()):
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
-    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
     if len(layers) < config.n_layer:  # before a model of so many is made
         raise ValueError(f"{path}: {len(layers)} layers, config.json says {config.n_layer}")
     model = GPT(config)
-    expected = {
-        name: tuple(reversed(p.shape)) if conv1d and is_conv1d(name) else tuple(p.shape)
-        for name, p in model.named_weights().items()
-    }
+    expected = {name: tuple(p.shape) for name, p in model.named_weights().items()}
     if not config.bias:  # the zeros that other programs want to see
-        weights = {name: t for name, t in weights.items() if name in expected or not _is_zero_bias(name, t)}
-    _check(weights, expected, path)
-    for name in filter(is_conv1d, weights if conv1d else ()):
-        weights[name] = mx.contiguous(weights[name].T)
+        tensors = {name: t for name, t in tensors.items() if name in expected or not _is_zero_bias(name, t)}
+    weights = _arrays(tensors, expected, path, dtype, turned=is_conv1d if conv1d else None)
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     model.eval()
     return model
 
 
-def _read_tensors(path: Path) -> dict[str, mx.array]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    try:
-        tensors: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
-        mx.eval(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short: {error}") from None
-    return tensors
+    return safetensors_file.read(path)
 
 
-def _check(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:
-    """That a file's tensors are of the expected names and shapes, and finite; each is made float32 in its place."""
-    faults = [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"unknown {name}" for name in tensors if name not in expected]
+def _arrays(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    path: Path,
+    dtype: mx.Dtype | None = mx.float32,
+    turned: Callable[[str], bool] | None = None,
+) -> dict[str, mx.array]:
+    """A file's tensors, those `turned` from the layout of Conv1D, once their names and shapes are the expected.
+
+    ValueError that lists those that are not, or names one with a value that is not finite.
+    """
+    shapes = {name: shape[::-1] if turned and turned(name) else shape for name, shape in expected.items()}
+    faults = [f"missing {name}" for name in shapes if name not in tensors]
+    faults += [f"unknown {name}" for name in tensors if name not in shapes]
     faults += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        f"{name} is {tensors[name].shape}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
     ]
     faults += [
-        f"{name} is {str(t.dtype).rpartition('.')[2]}, expected a floating-point type"
-        for name, t in tensors.items()
-        if not mx.issubdtype(t.dtype, mx.floating)
+        f"{name} is {t.dtype}, expected a floating-point type" for name, t in tensors.items() if "float" not in t.dtype
     ]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.astype(mx.float32)
-        if not _finite(tensors[name]):
+    kept = [t for t in ("float16", "bfloat16") if dtype is None or dtype == _mlx_dtype(t)]
+    types = {name: t.dtype if t.dtype in kept else "float32" for name, t in tensors.items()}
+    arrays = _empty_arrays({name: (types[name], shape) for name, shape in expected.items()})
+    # The largest first: while it is read, its file's pages take memory too, and the others' copies none yet.
+    for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
+        x, array = tensors[name].read(), arrays[name]
+        bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        if not kernels.copy(x.T if turned and turned(name) else x, np.array(bits, copy=False)):
             raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
+        arrays[name] = array.astype(dtype or array.dtype)
+    return arrays
+
+
+class _NothingToRead:
+    """A safetensors file of a header alone, for mx.load: what reads on finds its memory as it was."""
+
+    closed = False
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._header, self._at = safetensors_file.header(tensors), 0
+        self._size = len(self._header) + sum(t.nbytes for t in tensors.values())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, memory: Any) -> int:
+        part = self._header[self._at : self._at + len(memory)]
+        memory[: len(part)] = part
+        self._at += len(memory)
+        return len(memory)
+
+
+def _empty_arrays(like: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, mx.array]:
+    """MLX arrays of some types and shapes, to be written to by whoever holds them.
+
+    Of its own MLX makes no array that isn't written to at once, which for a model's weights takes as long as
+    copying them; but it reads files into such.
+    """
+    tensors = {name: Tensor(dtype, shape, lambda: np.empty(0)) for name, (dtype, shape) in like.items()}
+    file = _NothingToRead(tensors)
+    held = weakref.ref(file)
+    arrays = mx.load(file, format="safetensors")  # type: ignore[arg-type]
+    del file
+    # A thread of MLX's lets go of the file a moment later; an interpreter that had ended by then would abort.
+    for _ in range(1000):
+        if held() is None:
+            break
+        time.sleep(1e-4)
+    return arrays  # type: ignore[return-value]
 
 
 def save_training_state(directory: Path, model: GPT, training: TrainingState) -> None:
@@ -302,8 +354,7 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     """
     record, path = load_training_record(directory), directory / OPTIMIZER
     expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
-    averages = _read_tensors(path)
-    _check(averages, expected, path)
+    averages = _arrays(_read_tensors(path), expected, path)
     optimizer.restore(model, record["step"], averages)
     optimizer.eps = record["eps"]
     return record
@@ -339,21 +390,40 @@ def quantize(weights: dict[str, mx.array], bits: int, group_size: int = 64) -> d
     return tensors
 
 
-def _dequantized(weights: dict[str, mx.array], bits: int, group_size: int, path: Path) -> dict[str, mx.array]:
-    """The weights with those that are quantized in float32 again."""
-    weights = dict(weights)
-    for module in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
-        packed, scales, biases = (weights.pop(f"{module}.{part}", None) for part in ("weight", "scales", "biases"))
+def _dequantized(tensors: dict[str, Tensor], bits: int, group_size: int, path: Path) -> dict[str, Tensor]:
+    """The tensors with those that are quantized in float32 again, each when it is read."""
+    tensors = dict(tensors)
+    for module in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
+        packed, scales, biases = (tensors.pop(f"{module}.{part}", None) for part in ("weight", "scales", "biases"))
         if packed is None or scales is None or biases is None:
             raise ValueError(f"{path}: of {module}'s weight, scales and biases one is missing")
+        parts = (packed, scales, biases)
+
+        def weight(parts: tuple[Tensor, ...], array: Callable[[Tensor], mx.array]) -> mx.array:
+            packed, scales, biases = map(array, parts)
+            return mx.dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size, bits)
+
+        def read(parts: tuple[Tensor, ...] = parts) -> np.ndarray:
+            return np.array(weight(parts, _array), copy=False)
+
         try:
             if scales.shape != biases.shape:  # MLX would read past the end
                 raise ValueError(f"scales are {scales.shape}, but biases {biases.shape}")
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-            weights[f"{module}.weight"] = mx.dequantize(packed, scales, biases, group_size, bits)
+            shape = weight(parts, lambda t: mx.zeros(t.shape, _mlx_dtype(t.dtype))).shape  # never evaluated
         except ValueError as error:
             raise ValueError(f"{path}: {module} can't be dequantized: {error}") from None
-    return weights
+        tensors[f"{module}.weight"] = Tensor("float32", tuple(shape), read)
+    return tensors
+
+
+def _mlx_dtype(name: str) -> mx.Dtype:
+    return getattr(mx, "bool_" if name == "bool" else name)  # type: ignore[no-any-return]
+
+
+def _array(tensor: Tensor) -> mx.array:
+    """A tensor as it is, in memory of its own."""
+    array = mx.array(tensor.read())
+    return array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array
 
 
 def config_json(
@@ -424,15 +494,8 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def _is_zero_bias(name: str, tensor: mx.array) -> bool:
-    return name.endswith(".bias") and not mx.any(tensor).item()
-
-
-def _finite(tensor: mx.array) -> bool:
-    """One pass in the usual case: a sum is finite only if every term is."""
-    values = np.array(tensor, copy=False)
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
+def _is_zero_bias(name: str, tensor: Tensor) -> bool:
+    return name.endswith(".bias") and not mx.any(_array(tensor)).item()
 
 
 def _content(path: Path) -> bytes | None:

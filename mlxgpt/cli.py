@@ -33,7 +33,7 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
     Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
-    words = [word for flag in _flags(cls, args) for word in flag]
+    words = ["=".join(flag) for flag in _flags(cls, args)]  # one word, as a value may begin with a dash
     flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
     try:

@@ -163,23 +163,53 @@ class SampleConfig:
     model: str
     """the model directory that training or the converter wrote"""
     prompt: str = ""
-    """the text to go on from; empty starts from the end-of-text token, or a line break for characters"""
+    """the text to go on from, or - to read it from standard input; empty starts from the end-of-text token, or a
+    line break for characters"""
+    prompts: str = ""
+    """a file of prompts, one a line, or - for standard input"""
     num_samples: int = 1
-    """how many samples to draw"""
+    """how many samples to draw of each prompt"""
+    batch_size: int = 8
+    """prompts of a file that are computed together"""
     max_new_tokens: int = 500
     """tokens to generate per sample"""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """a text that ends a sample and is left out of it, with escapes as in \\n and \\t; may be given several times"""
+
     temperature: float = 0.8
     """divides the logits; 0 takes the most likely token"""
     top_k: int = 0
     """sample among the k most likely tokens; 0 among all"""
+    top_p: float = 1.0
+    """sample among the fewest tokens whose probabilities sum to this"""
+    min_p: float = 0.0
+    """sample among tokens of at least this times the most likely one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1, tokens of the text so far become less likely"""
+    logit_bias: str = ""
+    """ID:BIAS,ID:BIAS: numbers added to the logits of some ids; -inf forbids one"""
     seed: int = 1337
     """same seed, same text"""
+
+    on_full: Literal["slide", "stop"] = "slide"
+    """past the model's positions: slide goes on from the last ones, stop ends the sample"""
+    draft: str = ""
+    """a smaller model directory of the same vocabulary, which proposes tokens that the model checks together"""
+    draft_tokens: int = 4
+    """tokens that the draft proposes at a time"""
+
+    json: bool = False
+    """print one JSON object per sample and line"""
+    logprobs: bool = False
+    """give each token's log-probability by the model, before temperature and the like"""
+    verbose: bool = False
+    """end with times, speed and memory on standard error"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes the GPU where MLX has one"""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "num_samples", "max_new_tokens")
-        _require_at_least(0, self, "temperature", "top_k")
+        _require_at_least(1, self, "num_samples", "batch_size", "max_new_tokens", "draft_tokens")
+        _require(not (self.prompt and self.prompts), "prompts", repr(self.prompts), "none beside a prompt")
         _require_seed(self.seed)
 
 

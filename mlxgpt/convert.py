@@ -26,7 +26,7 @@ import numpy as np
 from . import checkpoint, gguf_file, safetensors_file, tokenizer, torch_file
 from .config import GPTConfig, from_dict
 from .model import GPT
-from .torch_file import Tensor
+from .safetensors_file import Tensor
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -39,8 +39,8 @@ class Decoder:
     at once (for one sequence): the same tokens if they are greedy, the same distribution if they are drawn.
     Leviathan et al. 2022, https://arxiv.org/abs/2211.17192.
 
-    ValueError for no prompt or an empty one, an on_full of another name, a prompt past block_size that may not slide,
-    and a draft with another vocabulary or with several prompts.
+    ValueError for no prompt or an empty one, an id outside the vocabulary, an on_full of another name, a prompt past
+    block_size that may not slide, and a draft with another vocabulary or with several prompts.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class Decoder:
             raise ValueError(f"draft: its vocab_size is {draft.config.vocab_size}, the model's {V}")
         if draft and (len(prompts) != 1 or n_draft < 1):
             raise ValueError(f"draft: {len(prompts)} prompts and n_draft = {n_draft}, expected one and at least 1")
+        prompts = [np.asarray(prompt).tolist() for prompt in prompts]
+        for wrong in (t for prompt in prompts for t in prompt if not 0 <= t < V):
+            raise ValueError(f"prompt: it holds id {wrong}, expected 0 <= id < vocab_size = {V}")
         self.full = np.zeros(len(prompts), bool)  # sequences that ended because the model's positions are taken
         model.eval()  # no dropout
         self._model, self._sampler = model, sampler
@@ -151,6 +154,8 @@ class Decoder:
     def _took(self, tokens: Any, logprobs: Any = None) -> Step:
         """Adds the tokens to the texts -> what the caller sees of them."""
         tokens = np.where(self._ended, -1, np.asarray(tokens)).astype(np.int32)
+        if (tokens[~self._ended] < 0).any():  # how a sampler of MLX arrays says it
+            raise ValueError("logits: not finite numbers, or every token is forbidden")
         for row in np.flatnonzero(~self._ended):
             self._texts[row].tokens.append(int(tokens[row]))
             if self._texts[row].is_full and not self._slides:
@@ -258,7 +263,7 @@ class _Reader:
 
 
 def _cache(model: GPT, batch_size: int = 1) -> KVCache:
-    return KVCache(model.config.n_layer, model.config.block_size, batch_size)
+    return KVCache(model.config.n_layer, model.config.block_size, batch_size, model.head.dtype)
 
 
 def _prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Any:

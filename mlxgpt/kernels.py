@@ -138,6 +138,25 @@ def add_gradients(
     return value
 
 
+def copy(x: np.ndarray, out: np.ndarray) -> bool:
+    """out = x -> whether every value of out is finite. Runs without the extension too.
+
+    (n,) or (rows, columns), floating-point, bfloat16 as its bits in uint16. x may be a matrix that is turned, and
+    begin anywhere in memory. out is contiguous, and of x's type or float32.
+    """
+    x = x.view(x.dtype.newbyteorder("="))  # a mapped file's is little-endian by name
+    if _core is not None and x.dtype != np.float64:
+        return _core.copy(x, out)
+    with np.errstate(all="ignore"):
+        if x.dtype != np.uint16:
+            out[...] = x
+            return bool(np.isfinite(out.sum())) or bool(np.isfinite(out).all())  # a sum shows it in one pass
+        bits = np.left_shift(x, 16, out=out.view(np.uint32), dtype=np.uint32) if out.dtype == np.float32 else out
+        if bits is out:
+            out[...] = x
+        return not np.any(x & 0x7F80 == 0x7F80)
+
+
 def zero(arrays: list[mx.array]) -> None:
     """Fills arrays with 0 in place."""
     mx.eval(arrays)

@@ -40,6 +40,11 @@ class Quantized(NamedTuple):
     def bits(self) -> int:
         return self.weight.shape[1] * 32 // self.shape[1]
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What products with it are computed in on a GPU."""
+        return self.scales.dtype
+
 
 Matrix = mx.array | Quantized
 

@@ -10,18 +10,37 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from .torch_file import Tensor
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _MOST_HEADER = 100_000_000  # bytes, the format's own rule
+_NOT_WORTH_MAPPING = 65536  # bytes, which are read in less time
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An array that is read when it is needed.
+
+    dtype is torch's name without "torch.". read() gives an array of that shape, read-only and mapped from the
+    file where it can be, with the file's strides; bfloat16 comes as its bits in uint16. read() raises ValueError
+    when the bytes are damaged (CRC) or the file has changed since it was opened.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    memory: Any = field(default=None, repr=False, compare=False)  # equal for two views of the same elements
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
@@ -41,9 +60,9 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the safetensors header is not JSON: {error}") from None
+        raise ValueError(f"{path}: not a safetensors file: the header is not JSON: {error}") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: the safetensors header is not an object")
+        raise ValueError(f"{path}: not a safetensors file: the header is not an object")
     header.pop("__metadata__", None)
     begin, end, name, tensors = 8 + length, 0, "its offsets", {}
     try:
@@ -57,34 +76,39 @@ def read(path: Path) -> dict[str, Tensor]:
             tensors[name] = Tensor(dtype, shape, mapped(path, begin + start, numpy_dtype(dtype), shape))
             end = stop
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the safetensors header lies, at {name}: {error}") from None
+        raise ValueError(f"{path}: not a safetensors file, or cut short: at {name}: {error}") from None
     return {name: tensors[name] for name in header}
 
 
 def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Reads an array of a file when it is called."""
+    """Reads an array of a file when it is called. ValueError if the file has become shorter."""
 
     def read() -> np.ndarray:
-        if 0 in shape:
-            return np.zeros(shape, dtype)
+        if math.prod(shape) * dtype.itemsize <= _NOT_WORTH_MAPPING:
+            return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
         return np.memmap(path, dtype, "r", offset, shape)  # unmapped when it is let go
 
     return read
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], done: Callable[[int], None] = lambda n: None) -> None:
-    """Writes a file; `done` hears of bytes written. One tensor is held at a time."""
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """What a file of some tensors begins with."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         n = math.prod(tensor.shape) * numpy_dtype(tensor.dtype).itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + n]}
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + n]}
         end += n
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors lie on multiples of their items
+    return struct.pack("<Q", len(text)) + text
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], done: Callable[[int], None] = lambda n: None) -> None:
+    """Writes a file; `done` hears of bytes written. One tensor is held at a time."""
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header(tensors))
         for tensor in tensors.values():
             array = np.ascontiguousarray(tensor.read(), numpy_dtype(tensor.dtype))
             file.write(array.reshape(-1).view(np.uint8).data)  # (bytes,), not copied

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +37,7 @@ def logit_bias(logits: Array, bias: Mapping[int, float]) -> Array:
 
 
 def repetition_penalty(logits: Array, seen: Array, penalty: float) -> Array:
-    """Makes ids that have occurred less likely, for penalty > 1: a logit above 0 is divided by it, one below multiplied.
+    """Makes ids that have occurred less likely, where penalty > 1: divides logits above 0 by it, multiplies others.
 
     seen (B, V) bool. Keskar et al. 2019, https://arxiv.org/abs/1909.05858, by the rule that transformers made of it.
     """
@@ -199,7 +199,8 @@ class Sampler:
     """same seed, same tokens"""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "a finite number, at least 0")
+        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(self.temperature < math.inf, "temperature", self.temperature, "a finite number")
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
@@ -220,11 +221,13 @@ class Sampler:
 
         seen, the ids in each row's text so far, is asked for only where repetition_penalty is not 1. Of a greedy
         sampler, which takes the largest, what can't change that is left out: all from temperature on.
-        ValueError for logits that are NaN or infinite, and where every token of a row is forbidden.
+        ValueError for logits that are NaN or infinite, and where every token of a row is forbidden; of MLX arrays,
+        which stay lazy, this is asked when they are drawn from.
         """
-        logits = _checked(logits)
+        _check(logits)
         if self.logit_bias:
-            logits = _checked(logit_bias(logits, self.logit_bias))
+            logits = logit_bias(logits, self.logit_bias)
+            _check(logits)
         if self.repetition_penalty != 1:
             if seen is None:
                 raise ValueError(f"repetition_penalty is {self.repetition_penalty}, but the ids seen are not given")
@@ -236,13 +239,21 @@ class Sampler:
         return min_p(top_p(top_k(logits, self.top_k), self.top_p), self.min_p)
 
     def __call__(self, logits: Array, seen: Array | None = None, u: np.ndarray | None = None) -> Array:
-        """The next token of each row: (B, V) -> (B,) int32. u (B,) in [0, 1), which a greedy sampler does without."""
-        logits = self.process(logits, seen)
+        """The next token of each row: (B, V) -> (B,) int32. u (B,) in [0, 1), which a greedy sampler does without.
+
+        ValueError as `process`; in an MLX array, which stays lazy, a row that it is for has -1 in its place.
+        """
+        given, logits = logits, self.process(logits, seen)
         if self.greedy:
-            return most_likely(logits)
-        if u is None:
+            tokens = most_likely(logits)
+        elif u is None:
             raise ValueError(f"temperature is {self.temperature}, but no random numbers are given")
-        return draw(logits, u)
+        else:
+            tokens = draw(logits, u)
+        if isinstance(logits, mx.array):
+            numbers = mx.all(given < mx.inf, axis=-1) & mx.any(logits > -mx.inf, axis=-1)  # NaN < inf is false
+            tokens = mx.where(numbers, tokens, -1)
+        return tokens
 
     def probabilities(self, logits: Array, seen: Array | None = None) -> Array:
         """What each token is drawn with: (B, V) -> (B, V), 1 for a greedy sampler's one token."""
@@ -257,12 +268,7 @@ class Sampler:
         return weight / weight.sum(axis=-1, keepdims=True)
 
 
-def _checked(logits: Array) -> Array:
-    """The logits, if each row's largest is a finite number: NumPy's maximum is NaN where one is, MLX's need not be."""
-    peak: Any = logits.max(axis=-1)
-    if isinstance(logits, mx.array):
-        peak = np.asarray(mx.where(mx.any(mx.isnan(logits), axis=-1), mx.nan, peak))
-    if not np.isfinite(peak).all():
-        value = peak[~np.isfinite(peak)][0]
-        raise ValueError(f"logits: the largest is {value}, expected a finite number")
-    return logits
+def _check(logits: Array) -> None:
+    """ValueError unless each row's largest is a finite number. NumPy's maximum is NaN where one element is."""
+    if isinstance(logits, np.ndarray) and not np.isfinite(peak := logits.max(axis=-1)).all():
+        raise ValueError(f"logits: the largest is {peak[~np.isfinite(peak)][0]}, expected a finite number")

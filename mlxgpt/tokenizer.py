@@ -7,9 +7,10 @@ Both lie in a model directory as files that transformers and mlx_lm open: `token
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,18 +91,18 @@ class BPETokenizer:
     def __init__(self, vocab_json: bytes, merges_txt: bytes) -> None:
         self._vocab_json, self._merges_txt = vocab_json, merges_txt
         vocab: dict[str, int] = json.loads(vocab_json)
-        merges = [line.split(" ") for line in merges_txt.decode("utf-8").splitlines()[1:] if line]
-        byte_of = byte_of_character()
-        self._bytes = {i: bytes(byte_of[c] for c in s) for s, i in vocab.items() if s != END_OF_TEXT}
+        merged = [line for line in merges_txt.decode("utf-8").replace(" ", "").splitlines()[1:] if line]
+        spelt = {i: s for s, i in vocab.items() if s != END_OF_TEXT}
         # tiktoken takes a token's id for its merge's rank, so the two must be in one order
-        if sorted(self._bytes) != list(range(256 + len(merges))) or any(
-            vocab.get("".join(pair)) != 256 + rank for rank, pair in enumerate(merges)
-        ):
+        ids = range(256 + len(merged))
+        if spelt.keys() != set(ids) or [spelt[i] for i in ids[256:]] != merged:
             raise ValueError("it does not number its tokens in the order of their merges")
+        self._spelt = [spelt[i] for i in ids]  # in GPT-2's characters for bytes
+        if strange := set("".join(self._spelt)) - byte_of_character().keys():
+            raise ValueError(f"{min(strange)!r} in its tokens is no byte")
         self.end_of_text = vocab.get(END_OF_TEXT)
         self.vocab_size = max(vocab.values()) + 1
         self.start = self.end_of_text if self.end_of_text is not None else 0
-        self._bytes[self.start] = self._bytes.get(self.start, END_OF_TEXT.encode())
 
     @classmethod
     def gpt2(cls) -> BPETokenizer:
@@ -122,15 +123,26 @@ class BPETokenizer:
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        ranks = {token: i for i, token in self._bytes.items() if i != self.end_of_text}
+        ranks = {token: i for i, token in enumerate(self._all_bytes()) if i != self.end_of_text}
         special = {END_OF_TEXT: self.end_of_text} if self.end_of_text is not None else {}
         return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode_ordinary(text), np.int32)
 
+    def _all_bytes(self) -> list[bytes]:
+        """Of each token: all are mapped in one piece and cut up again, for there are 50,000."""
+        byte_of = np.zeros(512, np.uint8)  # by code point
+        for character, byte in byte_of_character().items():
+            byte_of[ord(character)] = byte
+        text = byte_of[np.frombuffer("".join(self._spelt).encode("utf-16-le"), np.uint16)].tobytes()
+        ends = itertools.accumulate(map(len, self._spelt), initial=0)
+        return [text[begin:end] for begin, end in itertools.pairwise(ends)]
+
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token]
+        if token == self.end_of_text:
+            return END_OF_TEXT.encode()
+        return bytes(map(byte_of_character().__getitem__, self._spelt[token]))
 
     def files(self) -> dict[str, bytes]:
         return {
@@ -180,6 +192,7 @@ _GPT2_SHA256 = {
 }
 
 
+@cache
 def byte_of_character() -> dict[str, int]:
     """GPT-2's files write each byte as a visible character: itself, or for the invisible ones the next
     code point from 256 on (bytes_to_unicode in OpenAI's encoder.py)."""

@@ -20,12 +20,14 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import decode_long, encode_long  # two's complement; nothing else of pickle's is used
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+
+from .safetensors_file import Tensor
 
 _NUMPY = {  # torch's dtypes; numpy has no bfloat16: its bits
     "float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8", "int64": "<i8",
@@ -47,25 +49,6 @@ _MAX_INFLATED = 64 << 20, 20  # bytes that compressed storages may become: these
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _RESAVE = "re-save it with torch.save(torch.load(path), path)"
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """An array that is read when it is needed.
-
-    dtype is torch's name without "torch.". read() gives an array of that shape, read-only and mapped from the
-    file where it can be, with the file's strides; bfloat16 comes as its bits in uint16. read() raises ValueError
-    when the bytes are damaged (CRC) or the file has changed since it was opened.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    memory: Any = field(default=None, repr=False, compare=False)  # equal for two views of the same elements
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(_NUMPY[self.dtype]).itemsize
 
 
 def read(path: Path) -> Any:

@@ -215,6 +215,7 @@ def calls(n: int = 1) -> dict[str, tuple[Callable, dict, str, str]]:
             adamw, {name: abs(array(rows, C)) for name in ("parameters", "gradients", "m", "v")}, "parameters m v", "",
         ),
         "dropout": (_core.dropout, x | {"residual": array(rows, C), "out": array(rows, C)} | seed, "out", "residual"),
+        "copy": (_core.copy, x | {"out": array(rows, C)}, "out", ""),
     }  # fmt: skip
 
 
@@ -289,6 +290,8 @@ def test_bad_array(call, fault):
     names = [name for of, name in ARRAYS if of == call]
     if fault == "one element for all" and call.startswith("attention"):
         names = [*outputs.split(), "lse"]  # what attention reads may have any strides
+    if call == "copy" and fault in ("bits of another type", "the order of Fortran", "an odd address"):
+        names = ["out"]  # what copy is there to read
     for name in names:
         bad = FAULTS[fault](arguments[name])
         with pytest.raises(ValueError, match=r"^[a-z_ ]+: .*(expected|is not contiguous|does not begin on)") as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +182,47 @@ def test_low_precision_is_read_as_float32(saved, dtype):
     for name, p in checkpoint.load_model(saved).named_weights().items():
         assert p.dtype == mx.float32
         assert mx.array_equal(p, low[name].astype(mx.float32)).item(), name
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_weights_stay_in_the_type_of_the_file_if_none_is_asked_for(saved, dtype):
+    original = checkpoint.load_model(saved).named_weights()
+    rewrite(saved, lambda weights: weights.update({name: t.astype(dtype) for name, t in weights.items()}))
+    for name, p in checkpoint.load_model(saved, dtype=None).named_weights().items():
+        assert p.dtype == dtype
+        assert mx.array_equal(p, original[name].astype(dtype)).item(), name
+    for name, p in checkpoint.load_model(saved, dtype=mx.bfloat16).named_weights().items():
+        assert p.dtype == mx.bfloat16
+        assert mx.array_equal(p, original[name].astype(dtype).astype(mx.bfloat16)).item(), name
+
+
+def test_loading_takes_the_memory_of_one_model(tmp_path):
+    """Of address space, that is: MLX's arrays, and the largest tensor's part of the file."""
+    model = GPT(replace(TINY, n_embd=256, vocab_size=40000, n_layer=8))
+    checkpoint.save_model(tmp_path / "m", model)
+    program = (
+        "import resource, sys; from pathlib import Path; from mlxgpt import checkpoint\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "model = checkpoint.load_model(Path(sys.argv[1]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    peak = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "m"], capture_output=True, text=True, check=True
+    ).stdout
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(peak) * unit < 1.6 * sum(p.nbytes for p in model.named_weights().values())
+
+
+def test_an_error_right_after_loading_ends_the_interpreter_as_it_should(saved):
+    """A thread of MLX's lets go of what Python gave it to read from, and must not do so at the very end."""
+    rewrite(saved, lambda weights: weights.update({"wte.weight": mx.full((11, 8), np.nan)}))
+    program = (
+        "import sys; from pathlib import Path; from mlxgpt import checkpoint as c; c.load_model(Path(sys.argv[1]))"
+    )
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", program, saved], capture_output=True, text=True)
+        assert run.returncode == 1
+        assert "terminate" not in run.stderr
 
 
 WIDE = replace(TINY, n_embd=96)  # of which only mlp.c_proj's rows, 384 long, are a multiple of 64

@@ -64,7 +64,7 @@ def test_model_rules_name_the_value(values, message):
         (TrainConfig, dict(seed=2**63), "seed is .*, expected 0 to "),
         (SampleConfig, dict(model="m", seed=-1), "seed is -1"),
         (TrainConfig, dict(beta2=1.0), "beta2 is 1.0"),
-        (SampleConfig, dict(model="m", temperature=-1.0), "temperature is -1.0, expected at least 0"),
+        (SampleConfig, dict(model="m", prompt="a", prompts="f"), "prompts is 'f', expected none beside a prompt"),
         (SampleConfig, dict(model="m", max_new_tokens=0), "max_new_tokens is 0"),
     ],
 )

@@ -227,6 +227,8 @@ def test_drawing_with_a_draft_keeps_the_distribution():
         (dict(prompts=[]), "prompt: no tokens, expected at least one"),
         (dict(prompts=[[1], []]), "prompt: no tokens, expected at least one"),
         (dict(prompts=[[1] * 25], on_full="stop"), "prompt: 25 tokens, at most block_size = 24 unless the window"),
+        (dict(prompts=[[1], [0, V]]), "prompt: it holds id 50, expected 0 <= id < vocab_size = 50"),
+        (dict(prompts=[[-1]]), "prompt: it holds id -1"),
         (dict(on_full="crash"), "on_full is 'crash', expected 'slide' or 'stop'"),
         (dict(draft=random_model(vocab_size=51)), "draft: its vocab_size is 51, the model's 50"),
         (dict(draft=random_model(), prompts=[[1], [2]]), "draft: 2 prompts and n_draft = 4, expected one"),

@@ -1,10 +1,13 @@
 """The kernels beside attention against naive float64 NumPy."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from mlxgpt import kernels
 
 _core = pytest.importorskip("mlxgpt._core")
 
@@ -297,6 +300,47 @@ def test_adamw_shows_a_gradient_of_nan():
     options = dict(learning_rate=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=1, max_norm=1.0)
     assert np.isnan(_core.adamw(p, g, m, v, [True], **options))
     assert np.isnan(p[0]).all()
+
+
+# ---- copies ----
+
+
+@pytest.mark.parametrize("extension", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(("dtype", "into"), [("f4", "f4"), ("f2", "f4"), ("u2", "f4"), ("f2", "f2"), ("u2", "u2")])
+def test_copy(monkeypatch, dtype, into, turned, extension):
+    """Of bytes that begin anywhere, against MLX's own conversions; u2 are the bits of bfloat16."""
+    if not extension:
+        monkeypatch.setattr(kernels, "_core", None)
+    values = mx.array(normal(70, 131)).astype({"f4": mx.float32, "f2": mx.float16, "u2": mx.bfloat16}[dtype])
+    expected = np.array(values.astype(mx.float32))
+    bits = np.array(values.view(mx.uint16) if dtype == "u2" else values)
+    memory = np.frombuffer(b"!" + np.ascontiguousarray(bits.T if turned else bits).tobytes(), np.uint8).copy()
+    x = memory[1:].view(f"<{dtype}").reshape(bits.T.shape if turned else bits.shape)
+    x = x.T if turned else x
+    out = np.zeros(x.shape, into)
+    assert kernels.copy(x, out)
+    np.testing.assert_array_equal(out, expected if into == "f4" else bits)
+    for value, finite in [(np.inf, False), (np.nan, False), (-np.inf, False), (65504, True)]:
+        low = mx.array(value).astype(values.dtype)
+        x[17, 130] = np.array(low.view(mx.uint16) if dtype == "u2" else low)
+        assert kernels.copy(x, out) == finite, value
+
+
+@pytest.mark.parametrize(
+    ("x", "out", "message"),
+    [
+        (normal(2, 3, 4), nan(2, 3, 4), r"x is \(2, 3, 4\), expected one axis or two"),
+        (normal(4, 3), nan(3, 4), r"out is \(3, 4\), expected \(4, 3\)"),
+        (normal(4, 3), np.zeros((4, 3), np.float16), "out has buffer format 'e', expected that of x, 'f'"),
+        (normal(4, 3), nan(3, 4).T, "out is not contiguous"),
+        (normal(8, 6)[::2, ::2], nan(4, 3), "x has no axis with a stride of 1"),
+        (np.zeros((4, 3)), nan(4, 3), "x has buffer format 'd'"),
+    ],
+)
+def test_copy_refuses(x, out, message):
+    with pytest.raises(ValueError, match=f"copy: {message}"):
+        _core.copy(x, out)
 
 
 # ---- dropout ----

@@ -69,6 +69,11 @@ def test_gpt2_needs_no_network(monkeypatch):
     assert BPETokenizer.gpt2().encode("offline").tolist() == [2364, 1370]
 
 
+def test_each_token_is_spelt_as_encoding_takes_it():
+    assert GPT2._all_bytes() == [GPT2.token_bytes(token) for token in range(50256)]
+    assert sorted(GPT2._all_bytes()[:256]) == [bytes([byte]) for byte in range(256)]
+
+
 @given(st.text())
 def test_gpt2_there_and_back(text):
     assert decode(GPT2, GPT2.encode(text).tolist()) == text
@@ -109,6 +114,29 @@ def test_bad_files_are_named(tmp_path, files, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         tokenizer.load(tmp_path)
+
+
+def vocabulary(change) -> dict[str, bytes]:
+    files = GPT2.files()
+    vocab, lines = json.loads(files["vocab.json"]), files["merges.txt"].decode().splitlines()
+    change(vocab, lines)
+    return {"vocab.json": json.dumps(vocab).encode(), "merges.txt": "\n".join(lines).encode()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda vocab, lines: vocab.update({"Ġt": vocab["Ġa"], "Ġa": vocab["Ġt"]}), "in the order of their merges"),
+        (lambda vocab, lines: lines.insert(1, lines.pop(2)), "in the order of their merges"),
+        (lambda vocab, lines: lines.pop(), "in the order of their merges"),
+        (lambda vocab, lines: vocab.pop("!"), "in the order of their merges"),
+        (lambda vocab, lines: vocab.update({"\n": vocab.pop("!")}), r"'\\n' in its tokens is no byte"),
+        (lambda vocab, lines: vocab.update({"猫": vocab.pop("!")}), "'猫' in its tokens is no byte"),
+    ],
+)
+def test_byte_pairs_that_tiktoken_would_take_for_others_are_refused(change, message):
+    with pytest.raises(ValueError, match=rf"here: vocab\.json: not a tokenizer .*{message}"):
+        tokenizer.from_files(vocabulary(change), "here")
 
 
 def test_a_directory_without_a_tokenizer(tmp_path):
