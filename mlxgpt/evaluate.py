@@ -16,9 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from . import checkpoint, cli, data, kernels, ops, report, tokenizer
+from . import cli, data, kernels, ops, report
 from .config import EvaluateConfig
+from .generation import load_named
 from .model import GPT
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,15 @@ class Evaluation:
         """e^loss."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
-    def bytes(self, text: tokenizer.Tokenizer) -> int:
+    def bytes(self, tokenizer: Tokenizer) -> int:
         """Of the predicted tokens' text in UTF-8. An end-of-text between two documents has none."""
-        ids = (int(token) for token in np.flatnonzero(self.counts) if token != text.end_of_text)
-        return sum(int(self.counts[token]) * len(text.token_bytes(token)) for token in ids)
+        ids = (int(token) for token in np.flatnonzero(self.counts) if token != tokenizer.end_of_text)
+        return sum(int(self.counts[token]) * len(tokenizer.token_bytes(token)) for token in ids)
 
-    def bits_per_byte(self, text: tokenizer.Tokenizer) -> float:
+    def bits_per_byte(self, tokenizer: Tokenizer) -> float:
         """All predicted tokens' bits, nats / ln 2, over the bytes of their text: what models with other tokens
         compare by."""
-        return self.nats / math.log(2) / self.bytes(text)
+        return self.nats / math.log(2) / self.bytes(tokenizer)
 
 
 def windows(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -123,22 +125,13 @@ def _batches(
         yield np.stack([ids for ids, _ in batch]), np.stack([targets for _, targets in batch])
 
 
-def _load(config: EvaluateConfig) -> tuple[Path, GPT, tokenizer.Tokenizer]:
-    directory = checkpoint.find_model(Path(config.model).expanduser())
-    model, text = checkpoint.load_model(directory), tokenizer.load(directory)
-    if text.vocab_size > model.config.vocab_size:
-        counts = f"its tokenizer has {text.vocab_size} ids, its model vocab_size = {model.config.vocab_size}"
-        raise ValueError(f"model: {directory}: {counts}")
-    return directory, model, text
-
-
-def _tokens(config: EvaluateConfig, corpus: data.Corpus, text: tokenizer.Tokenizer, directory: Path) -> np.ndarray:
+def _tokens(config: EvaluateConfig, corpus: data.Corpus, tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of a corpus, documents one after another, (n,), with an end-of-text between two of them."""
     try:
-        tokens = data.encode(text, corpus.documents(config.split))
+        tokens = data.encode(tokenizer, corpus.documents(config.split))
     except ValueError as error:
-        raise ValueError(f"data: {corpus.name} does not fit the tokenizer of {directory}: {error}") from None
-    return tokens if text.end_of_text is None else tokens[:-1]
+        raise ValueError(f"data: {corpus.name} does not fit the tokenizer of {config.model}: {error}") from None
+    return tokens if tokenizer.end_of_text is None else tokens[:-1]
 
 
 @contextlib.contextmanager
@@ -161,18 +154,18 @@ def _progress(n_tokens: int) -> Iterator[Callable[[int, float], None]]:
 def main(args: Sequence[str]) -> None:
     config = cli.parse(EvaluateConfig, args, "mlxgpt.evaluate")
     ops.use_device(config.device)
-    directory, model, text = _load(config)
+    model, tokenizer = load_named(Path(config.model), "model")
     corpus = data.load_corpus(config.data)
-    tokens = _tokens(config, corpus, text, directory)
+    tokens = _tokens(config, corpus, tokenizer)
     stride = max(1, model.config.block_size // 2) if config.stride is None else config.stride
     with _progress(len(tokens) - 1) as done:
         start = time.perf_counter()
         result = evaluate(model, tokens, stride=stride, batch_size=config.batch_size, done=done)
         seconds = time.perf_counter() - start
     record = {
-        "model": str(directory), "data": corpus.name, "split": config.split, "block_size": model.config.block_size,
+        "model": config.model, "data": corpus.name, "split": config.split, "block_size": model.config.block_size,
         "stride": stride, "loss": result.loss, "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte(text), "tokens": result.tokens, "bytes": result.bytes(text),
+        "bits_per_byte": result.bits_per_byte(tokenizer), "tokens": result.tokens, "bytes": result.bytes(tokenizer),
         "seconds": seconds, "tokens_per_s": result.tokens / seconds,
     }  # fmt: skip
     if config.json:
@@ -181,7 +174,7 @@ def main(args: Sequence[str]) -> None:
     console = Console()
     part = {"all": "", "train": ", training part", "val": ", validation part"}[config.split]
     for line in (
-        f"model: {directory}",
+        f"model: {config.model}",
         f"data: {corpus.name}{part}, {record['tokens']:,} tokens, {record['bytes']:,} bytes",
         f"windows: of {model.config.block_size} tokens, {stride} apart",
         f"loss: {result.loss:.4f} nats per token",
