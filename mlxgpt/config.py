@@ -214,6 +214,32 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a model's loss, perplexity and bits per byte on a whole text."""
+
+    model: str
+    """the model directory that training or the converter wrote"""
+    data: str
+    """a text file, a directory, a glob, or a named corpus, as in training: stdlib or shakespeare"""
+    split: Literal["train", "val", "all"] = "all"
+    """the part that training trains on, the one that it validates with, or all of the text"""
+    stride: int | None = None
+    """tokens from one window to the next: the fewer, the more context each token has, and the longer it takes;
+    at most block_size; None is half of it"""
+    batch_size: int = 8
+    """windows computed together"""
+    json: bool = False
+    """print one JSON object"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes the GPU where MLX has one"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "batch_size")
+        if self.stride is not None:
+            _require_at_least(1, self, "stride")
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """Convert a PyTorch GPT-2 to a model directory, or a model to what other programs read. Runs no pickle code."""
 

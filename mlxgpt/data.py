@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -24,6 +24,13 @@ class Corpus:
     train: list[str]
     val: list[str]
     skipped: int = 0  # files of a directory or glob that hold no UTF-8 text
+    one_text: bool = False  # train and val are the beginning and the end of a single document
+
+    def documents(self, split: Literal["train", "val", "all"]) -> list[str]:
+        """Those to train on, those to validate with, or all, a single one in one piece again."""
+        if split == "all":
+            return ["".join(self.train + self.val)] if self.one_text else self.train + self.val
+        return self.train if split == "train" else self.val
 
 
 def load_corpus(data: str) -> Corpus:
@@ -64,7 +71,7 @@ def _split(name: str, documents: dict[str, str], skipped: int = 0) -> Corpus:
     if len(documents) == 1:
         (text,) = documents.values()
         cut = len(text) * 9 // 10
-        return Corpus(name, [text[:cut]], [text[cut:]], skipped)
+        return Corpus(name, [text[:cut]], [text[cut:]], skipped, one_text=True)
     # By a hash of the name, so that a file stays on its side when others come or go.
     ranked = sorted(documents, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogatepass")), n))
     held_out = set(ranked[: max(1, len(ranked) // 10)])
