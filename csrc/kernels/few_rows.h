@@ -212,19 +212,23 @@ inline void quantized_dots(const unsigned char* q, ptrdiff_t stride, Scales all,
         }
     }
     constexpr int kBytes = units * kUnit / 8 * bits;  // of a group
-    for (int g = 0; g < n_groups; ++g, q += kBytes)
+    for (int g = 0; g < n_groups; ++g, q += kBytes) {
+        decltype(load_quants(quantized[0])) group[R][units];  // of x, for all W rows
+        for (int r = 0; r < R; ++r)
+            for (int unit = 0; unit < units; ++unit)
+                group[r][unit] = load_quants(quantized[r] + (g * units + unit) * kUnit);
         for (int w = 0; w < W; ++w) {
             const unsigned char* row = q + w * apart * stride;
             IntSums sums[R];
             for (int r = 0; r < R; ++r) sums[r] = no_sums();
             for (int unit = 0; unit < units; ++unit) {
                 const Quants weights = unpack<bits>(row + unit * kUnit / 8 * bits);
-                for (int r = 0; r < R; ++r)
-                    sums[r] = add_products(weights, quantized[r] + (g * units + unit) * kUnit, sums[r]);
+                for (int r = 0; r < R; ++r) sums[r] = add_products(weights, group[r][unit], sums[r]);
             }
             for (int r = 0; r < R; ++r)
                 totals[r][w] = fma(sums[r], factors[(r * W + w) * length + g], totals[r][w]);
         }
+    }
     for (int r = 0; r < R; ++r)
         for (int w = 0; w < W; ++w) out.data[r * out.stride + w * apart] = sum(totals[r][w]);
 }

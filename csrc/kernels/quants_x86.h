@@ -32,16 +32,17 @@ struct IntSums {
     __m256i x;
 };
 inline IntSums no_sums() { return {_mm256_setzero_si256()}; }
-inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
+inline Quants load_quants(const int16_t* x) {
     const auto* at = reinterpret_cast<const __m256i*>(x);
-    for (int i = 0; i < 2; ++i) {
-        const __m256i other = _mm256_loadu_si256(at + i);
+    return {{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)}};
+}
+inline IntSums add_products(const Quants& q, const Quants& x, IntSums sums) {
+    for (int i = 0; i < 2; ++i)
 #if defined(MLXGPT_VNNI)
-        sums.x = _mm256_dpwssd_epi32(sums.x, q.x[i], other);
+        sums.x = _mm256_dpwssd_epi32(sums.x, q.x[i], x.x[i]);
 #else
-        sums.x = _mm256_add_epi32(sums.x, _mm256_madd_epi16(q.x[i], other));
+        sums.x = _mm256_add_epi32(sums.x, _mm256_madd_epi16(q.x[i], x.x[i]));
 #endif
-    }
     return sums;
 }
 

@@ -137,12 +137,12 @@ struct IntSums {
     int32x4_t high, low;
 };
 inline IntSums no_sums() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
-inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
-    const auto* bytes = reinterpret_cast<const int8_t*>(x);
+inline int8x16x4_t load_quants(const int16_t* x) { return vld1q_s8_x4(reinterpret_cast<const int8_t*>(x)); }
+inline IntSums add_products(const Quants& q, const int8x16x4_t& x, IntSums sums) {
     for (int i = 0; i < 2; ++i) {
         const int8x16_t weights = vreinterpretq_s8_u8(q.x[i]);
-        sums.high = vdotq_s32(sums.high, weights, vld1q_s8(bytes + 16 * i));
-        sums.low = vdotq_s32(sums.low, weights, vld1q_s8(bytes + 32 + 16 * i));
+        sums.high = vdotq_s32(sums.high, weights, x.val[i]);
+        sums.low = vdotq_s32(sums.low, weights, x.val[2 + i]);
     }
     return sums;
 }
@@ -155,11 +155,12 @@ struct IntSums {
     int32x4_t x;
 };
 inline IntSums no_sums() { return {vdupq_n_s32(0)}; }
-inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
+inline int16x8x4_t load_quants(const int16_t* x) { return vld1q_s16_x4(x); }
+inline IntSums add_products(const Quants& q, const int16x8x4_t& x, IntSums sums) {
     for (int i = 0; i < 2; ++i) {
         const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(q.x[i])));
         const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(q.x[i]));
-        const int16x8_t first = vld1q_s16(x + 16 * i), second = vld1q_s16(x + 16 * i + 8);
+        const int16x8_t first = x.val[2 * i], second = x.val[2 * i + 1];
         sums.x = vmlal_s16(sums.x, vget_low_s16(low), vget_low_s16(first));
         sums.x = vmlal_high_s16(sums.x, low, first);
         sums.x = vmlal_s16(sums.x, vget_low_s16(high), vget_low_s16(second));

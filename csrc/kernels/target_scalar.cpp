@@ -145,6 +145,7 @@ struct IntSums {
     int32_t x;
 };
 inline IntSums no_sums() { return {0}; }
+inline const int16_t* load_quants(const int16_t* x) { return x; }
 inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
     for (int i = 0; i < 32; ++i) sums.x += q.x[i] * x[i];
     return sums;
