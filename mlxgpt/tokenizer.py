@@ -93,11 +93,10 @@ class BPETokenizer:
         vocab: dict[str, int] = json.loads(vocab_json)
         merged = [line for line in merges_txt.decode("utf-8").replace(" ", "").splitlines()[1:] if line]
         spelt = {i: s for s, i in vocab.items() if s != END_OF_TEXT}
+        self._spelt = [spelt.get(i, "") for i in range(256 + len(merged))]  # in GPT-2's characters for bytes
         # tiktoken takes a token's id for its merge's rank, so the two must be in one order
-        ids = range(256 + len(merged))
-        if spelt.keys() != set(ids) or [spelt[i] for i in ids[256:]] != merged:
+        if len(spelt) != len(self._spelt) or "" in self._spelt or self._spelt[256:] != merged:
             raise ValueError("it does not number its tokens in the order of their merges")
-        self._spelt = [spelt[i] for i in ids]  # in GPT-2's characters for bytes
         if strange := set("".join(self._spelt)) - byte_of_character().keys():
             raise ValueError(f"{min(strange)!r} in its tokens is no byte")
         self.end_of_text = vocab.get(END_OF_TEXT)
