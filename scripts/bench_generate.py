@@ -126,7 +126,7 @@ def transformers(path: str, dtype: str, threads: int) -> Times:
 
 
 def llama(path: str, threads: int) -> Times:
-    """By llama_decode and NumPy's argmax, which is quicker than its sampler and create_completion."""
+    """By llama_decode and NumPy's argmax: no slower than its own sampler, and faster than create_completion."""
     from llama_cpp import Llama
 
     model = Llama(
@@ -316,6 +316,7 @@ class Process:
 def compare(directory: Path, sizes: dict[str, int], options: argparse.Namespace) -> None:
     here, threads = sys.executable, options.threads
     environment = {**os.environ, "MLXGPT_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of transformers, as it loads weights
     bandwidth = Process(Contender("bandwidth", "bandwidth", here), environment, threads)
     toy = Process(Contender("toy", "mlxgpt", here, str(directory / "toy")), environment, threads)
     processes = [Process(c, environment, threads) for c in contenders(directory, sizes, options)]
@@ -330,7 +331,7 @@ def compare(directory: Path, sizes: dict[str, int], options: argparse.Namespace)
                 process.decode.append(decode)
                 process.prefill.append(prefill)
         overhead = min(overhead, toy.ask(1, 500)[1])
-    memory = {process.contender.name: process.peak_memory() for process in processes}
+    memory = {process.contender.name: process.peak_memory() for process in (bandwidth, toy, *processes)}
     first: dict[str, list[float]] = {process.contender.name: [] for process in processes}
     for turn in range(1 + options.turns):
         for process in processes:
