@@ -324,6 +324,97 @@ void check_operations(const Kernels& isa) {
                "%s: result %zu of the operations is %.9g, expected %.9g", isa.name, i, found[i], expected[i]);
 }
 
+// ---- a few rows times weights in any storage ----
+
+void check_few_rows(const Kernels& isa, int n_out, int n_in, Storage storage, int bits, int group) {
+    constexpr int kMost = 20, kGap = 3;
+    const OpKernels& ops = *isa.ops;
+    const StoredWeights weights(n_out, n_in, storage, bits, group);
+    std::mt19937 random(n_in);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(kMost * (n_in + kGap)), row(n_in), alone(kMost * n_out);
+    for (float& value : x) value = normal(random);
+    for (int j = 0; j < n_out; ++j) {
+        ops.weight_row(weights.view.from(j), n_in, row.data());
+        for (int k = 0; k < n_in; ++k)
+            expect(std::fabs(row[k] - weights.exact[static_cast<size_t>(j) * n_in + k]) <= 1e-6,
+                   "%s: weight %d, %d of %d bits is %g", isa.name, j, k, bits, row[k]);
+    }
+
+    // On the boundaries that scratch() has.
+    const size_t quantized = ops.quantized_row(weights.view, n_in);
+    std::vector<float> memory(16 + quantized * kMost + ops.few_rows_scratch(weights.view, n_in));
+    float* const scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
+    Rows rows{x.data(), n_in + kGap};
+    if (quantized > 0) {
+        rows = {scratch + ops.few_rows_scratch(weights.view, n_in), static_cast<ptrdiff_t>(quantized)};
+        for (int i = 0; i < kMost; ++i)
+            ops.quantize(x.data() + i * (n_in + kGap), weights.view, n_in, rows.data + i * rows.stride);
+    }
+    const auto multiply = [&](int first, int n, Rows out) {
+        ops.few_rows({rows.data + first * rows.stride, rows.stride}, n, weights.view, n_out, n_in, out,
+                     scratch);
+    };
+    for (int i = 0; i < kMost; ++i) multiply(i, 1, {alone.data() + i * n_out, n_out});
+    double worst = 0;
+    for (int i = 0; i < kMost; ++i)
+        for (int j = 0; j < n_out; ++j) {
+            double exact = 0, of_x = 0, of_weights = 0;
+            for (int k = 0; k < n_in; ++k) {
+                const double a = x[i * (n_in + kGap) + k],
+                             b = weights.exact[static_cast<size_t>(j) * n_in + k];
+                exact += a * b;
+                of_x += a * a;
+                of_weights += b * b;
+            }
+            const double off = std::fabs(alone[i * n_out + j] - exact) / std::sqrt(of_x * of_weights);
+            worst = off <= worst ? worst : off;
+        }
+    expect(worst <= (bits == 0 ? 1e-6 : 1.5e-5),
+           "%s: few rows (%d, %d), storage %d, %d bits by %d, is off by %g", isa.name, n_out, n_in,
+           static_cast<int>(storage), bits, group, worst);
+    for (int n = 2; n <= kMost; ++n) {
+        std::vector<float> out(n * (n_out + kGap), 1e30F);
+        multiply(0, n, {out.data(), n_out + kGap});
+        bool same = true;
+        for (int i = 0; i < n; ++i) {
+            for (int j = 0; j < n_out; ++j) same &= out[i * (n_out + kGap) + j] == alone[i * n_out + j];
+            for (int j = n_out; j < n_out + kGap; ++j) same &= out[i * (n_out + kGap) + j] == 1e30F;
+        }
+        expect(same, "%s: few rows (%d, %d), %d bits: %d rows give other bits than each alone", isa.name,
+               n_out, n_in, bits, n);
+    }
+}
+
+void check_few_rows(const Kernels& isa) {
+    for (const int n_out : {1, 3, 4, 45})
+        for (const int n_in : {1, 7, 33, 130, 128, 896})
+            for_storages(n_in, [&](Storage storage, int bits, int group) {
+                check_few_rows(isa, n_out, n_in, storage, bits, group);
+            });
+}
+
+/// x with NaN, infinities, tiny numbers or zeros in one group of two, times quantized weights.
+void check_odd_x(const Kernels& isa) {
+    const OpKernels& ops = *isa.ops;
+    const StoredWeights weights(5, 128, Storage::kFloat16, 4, 64);
+    std::vector<float> memory(16 + ops.quantized_row(weights.view, 128) +
+                              ops.few_rows_scratch(weights.view, 128));
+    float* const scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
+    float* const row = scratch + ops.few_rows_scratch(weights.view, 128);
+    for (const float odd : {NAN, INFINITY, -INFINITY, 0.0F, -0.0F, 1e-44F, 1e-31F, -1e-37F}) {
+        std::vector<float> x(128), out(5);
+        x[3] = 1;
+        for (const int at : {64, 101, 127}) x[at] = odd;
+        ops.quantize(x.data(), weights.view, 128, row);
+        ops.few_rows({row, 0}, 1, weights.view, 5, 128, {out.data(), 5}, scratch);
+        for (int j = 0; j < 5; ++j)
+            expect(std::isfinite(odd) ? std::fabs(out[j] - weights.exact[j * 128 + 3]) < 1e-4
+                                      : std::isnan(out[j]),
+                   "%s: x with %g gives %g", isa.name, odd, out[j]);
+    }
+}
+
 // ---- the whole call, from several threads ----
 
 void check_threads() {
@@ -452,6 +543,8 @@ int main() {
         check_nan(*isa);
         check_dropout(*isa);
         check_operations(*isa);
+        check_few_rows(*isa);
+        check_odd_x(*isa);
     }
     check_threads();
     check_copies();

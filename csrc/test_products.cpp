@@ -33,6 +33,13 @@ struct Matrix {
     Rows view() { return {memory.data(), stride}; }
 };
 
+Weights weights_of(const Matrix& a) {
+    Weights weights;
+    weights.data = a.memory.data();
+    weights.stride = a.stride;
+    return weights;
+}
+
 /// Compares a matrix with exact(i, j), to within float's rounding of a sum of `terms`.
 template <class Exact>
 void compare(const char* what, const Matrix& found, int terms, Exact exact) {
@@ -70,7 +77,7 @@ void check_linear(int rows, int n_in, int n_out, Gelu kind) {
     forward.n_in = n_in;
     forward.n_out = n_out;
     forward.x = x.view();
-    forward.weight = weight.view();
+    forward.weight = weights_of(weight);
     forward.bias = bias.memory.data();
     forward.out = out.view();
     forward.gelu = kind;
@@ -124,6 +131,53 @@ void check_linear(int rows, int n_in, int n_out, Gelu kind) {
     compare("gelu again", again, 1, [&](int i, int k) { return gelu(x(i, k), kind); });
 }
 
+// Few rows and many, and the loss, with weights in any storage.
+void check_storage(int rows, int n_in, int n_out, Storage storage, int bits, int group) {
+    const StoredWeights weights(n_out, n_in, storage, bits, group);
+    Matrix x(rows, n_in), bias(1, n_out), out(rows, n_out), activated(rows, n_out);
+    std::vector<double> exact(static_cast<size_t>(rows) * n_out);
+    double loss = 0;
+    const std::vector<int32_t> targets(rows, n_out / 2);
+    for (int i = 0; i < rows; ++i) {
+        double sum = 0;
+        for (int j = 0; j < n_out; ++j) {
+            double& product = exact[static_cast<size_t>(i) * n_out + j];
+            for (int k = 0; k < n_in; ++k)
+                product += x(i, k) * weights.exact[static_cast<size_t>(j) * n_in + k];
+            sum += std::exp(product);
+        }
+        loss += (std::log(sum) - exact[static_cast<size_t>(i) * n_out + n_out / 2]) / rows;
+    }
+    const auto with_bias = [&](int i, int j) {
+        return exact[static_cast<size_t>(i) * n_out + j] + bias(0, j);
+    };
+    LinearForward call;
+    call.rows = rows;
+    call.n_in = n_in;
+    call.n_out = n_out;
+    call.x = x.view();
+    call.weight = weights.view;
+    call.bias = bias.memory.data();
+    call.out = out.view();
+    call.activated = activated.view();
+    linear_forward(call);
+    // Quantized x adds a part of its largest element for each term.
+    const int terms = bits == 0 ? n_in : 400 * n_in;
+    compare("x W^T of stored weights", out, terms, with_bias);
+    compare("gelu of stored weights", activated, terms,
+            [&](int i, int j) { return gelu(with_bias(i, j), Gelu::kTanh); });
+    LinearCrossEntropy entropy;
+    entropy.N = rows;
+    entropy.C = n_in;
+    entropy.V = n_out;
+    entropy.x = x.view();
+    entropy.weight = weights.view;
+    entropy.targets = targets.data();
+    const double found = linear_cross_entropy(entropy);
+    expect(std::fabs(found - loss) < 1e-5 * (1 + loss), "cross entropy with %d bits is %g, expected %g", bits,
+           found, loss);
+}
+
 void check_cross_entropy(int N, int C, int V) {
     Matrix x(N, C), weight(V, C), dx(N, C), dweight(V, C);
     std::vector<int32_t> targets(N);
@@ -155,7 +209,7 @@ void check_cross_entropy(int N, int C, int V) {
     call.C = C;
     call.V = V;
     call.x = x.view();
-    call.weight = weight.view();
+    call.weight = weights_of(weight);
     call.targets = targets.data();
     call.dx = dx.view();
     call.dweight = dweight.view();
@@ -181,7 +235,7 @@ void check_threads() {
         forward.n_in = kIn;
         forward.n_out = kOut;
         forward.x = x.view();
-        forward.weight = weight.view();
+        forward.weight = weights_of(weight);
         forward.out = {out, kOut};
         linear_forward(forward);
         LinearCrossEntropy loss;
@@ -189,7 +243,7 @@ void check_threads() {
         loss.C = kIn;
         loss.V = kOut;
         loss.x = x.view();
-        loss.weight = weight.view();
+        loss.weight = weights_of(weight);
         loss.targets = targets.data();
         loss.dx = {dx, kIn};
         loss.dweight = {dweight, kIn};
@@ -219,6 +273,11 @@ int main() {
     check_cross_entropy(1, 1, 1);
     check_cross_entropy(70, 33, 50);
     check_cross_entropy(66, 2, 230'000);  // more than one chunk
+    for (const int rows : {1, kFewRows, kFewRows + 1, 70})
+        for_storages(128, [&](Storage storage, int bits, int group) {
+            check_storage(rows, 128, 300, storage, bits, group);
+        });
+    check_storage(40, 20'000, 40, Storage::kFloat16, 0, 0);  // in more than one panel
     check_threads();
     return verdict();
 }

@@ -176,16 +176,18 @@ def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
 def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     """The model in a directory, ready for evaluation.
 
-    Its weights are of a floating-point type whatever the file holds, or if that is None of the file's; but
-    float64 and quantized weights then become float32. FileNotFoundError; ValueError that lists missing, unknown
-    and misshapen tensors, or names one that holds a value that is not finite.
+    Its weights are of a floating-point type whatever the file holds, or if that is None as they lie in the file:
+    in half precision, or quantized. On the CPU's kernels vectors and positions are float32 all the same, and so are
+    matrices of a quantization that there is no kernel for. FileNotFoundError; ValueError that lists missing,
+    unknown and misshapen tensors, or names one that holds a value that is not finite.
     """
     (config, quantization), path = _read_config(directory), directory / WEIGHTS
     tensors = _read_tensors(path)
     conv1d = not any(name.startswith("model.") for name in tensors)  # mlx_lm's names come with our layout
     tensors = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in tensors.items()}
+    packed: dict[str, tuple[Tensor, ...]] = {}
     if quantization:
-        tensors = _dequantized(tensors, quantization["bits"], quantization["group_size"], path)
+        tensors, packed = _dequantized(tensors, quantization["bits"], quantization["group_size"], path)
     tensors = {name: t for name, t in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     if config.tied_head and (head := tensors.pop("lm_head.weight", None)) is not None:
         if "wte.weight" not in tensors or not np.array_equal(head.read(), tensors["wte.weight"].read()):
@@ -197,11 +199,28 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     expected = {name: tuple(p.shape) for name, p in model.named_weights().items()}
     if not config.bias:  # the zeros that other programs want to see
         tensors = {name: t for name, t in tensors.items() if name in expected or not _is_zero_bias(name, t)}
-    weights = _arrays(tensors, expected, path, dtype, turned=is_conv1d if conv1d else None)
+    turned = is_conv1d if conv1d else None
+    _check(tensors, expected, path, turned)
+    if dtype is None and not conv1d and kernels.reads(quantization.get("bits", 0)):
+        for name in [name for name in packed if name in expected and name != "wpe.weight"]:
+            del tensors[name]
+            _quantize(model, name.removesuffix(".weight"), packed[name], quantization["group_size"], path)
+    weights = _arrays(tensors, path, dtype, turned)
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def _quantize(model: GPT, path: str, parts: tuple[Tensor, ...], group_size: int, source: Path) -> None:
+    """Puts the parts of a quantized matrix into the module that has it. ValueError for a value that is not finite."""
+    (module,) = (module for name, module in model.named_modules() if name == path)
+    for name, tensor in zip(("scales", "biases"), parts[1:], strict=True):
+        x = tensor.read()
+        if not kernels.copy(x, np.empty(x.shape, x.dtype.newbyteorder("="))):
+            raise ValueError(f"{source}: {path}.{name} holds a value that is not finite (NaN or infinity)")
+    module.weight, module.scales, module.biases = map(_array, parts)
+    module.group_size = group_size
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -210,17 +229,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return safetensors_file.read(path)
 
 
-def _arrays(
+def _check(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
     path: Path,
-    dtype: mx.Dtype | None = mx.float32,
     turned: Callable[[str], bool] | None = None,
-) -> dict[str, mx.array]:
-    """A file's tensors, those `turned` from the layout of Conv1D, once their names and shapes are the expected.
-
-    ValueError that lists those that are not, or names one with a value that is not finite.
-    """
+) -> None:
+    """That a file's tensors, those `turned` in the layout of Conv1D, are the expected. ValueError lists those not."""
     shapes = {name: shape[::-1] if turned and turned(name) else shape for name, shape in expected.items()}
     faults = [f"missing {name}" for name in shapes if name not in tensors]
     faults += [f"unknown {name}" for name in tensors if name not in shapes]
@@ -234,9 +249,24 @@ def _arrays(
     ]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
-    kept = [t for t in ("float16", "bfloat16") if dtype is None or dtype == _mlx_dtype(t)]
-    types = {name: t.dtype if t.dtype in kept else "float32" for name, t in tensors.items()}
-    arrays = _empty_arrays({name: (types[name], shape) for name, shape in expected.items()})
+
+
+def _arrays(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    dtype: mx.Dtype | None = mx.float32,
+    turned: Callable[[str], bool] | None = None,
+) -> dict[str, mx.array]:
+    """A file's tensors in our layout. ValueError names one with a value that is not finite."""
+    halves = [t for t in ("float16", "bfloat16") if dtype is None or dtype == _mlx_dtype(t)]
+
+    def stays(name: str, tensor: Tensor) -> bool:
+        is_matrix = len(tensor.shape) == 2 and name != "wpe.weight"
+        return tensor.dtype in halves and (is_matrix or dtype is not None or not kernels.available())
+
+    types = {name: t.dtype if stays(name, t) else "float32" for name, t in tensors.items()}
+    shapes = {name: t.shape[::-1] if turned and turned(name) else t.shape for name, t in tensors.items()}
+    arrays = _empty_arrays({name: (types[name], shape) for name, shape in shapes.items()})
     # The largest first: while it is read, its file's pages take memory too, and the others' copies none yet.
     for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
         x, array = tensors[name].read(), arrays[name]
@@ -354,7 +384,9 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     """
     record, path = load_training_record(directory), directory / OPTIMIZER
     expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
-    averages = _arrays(_read_tensors(path), expected, path)
+    tensors = _read_tensors(path)
+    _check(tensors, expected, path)
+    averages = _arrays(tensors, path)
     optimizer.restore(model, record["step"], averages)
     optimizer.eps = record["eps"]
     return record
@@ -390,9 +422,12 @@ def quantize(weights: dict[str, mx.array], bits: int, group_size: int = 64) -> d
     return tensors
 
 
-def _dequantized(tensors: dict[str, Tensor], bits: int, group_size: int, path: Path) -> dict[str, Tensor]:
-    """The tensors with those that are quantized in float32 again, each when it is read."""
+def _dequantized(
+    tensors: dict[str, Tensor], bits: int, group_size: int, path: Path
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
+    """The tensors with those that are quantized in float32 again, each when it is read; and the latter's parts."""
     tensors = dict(tensors)
+    packed_parts: dict[str, tuple[Tensor, ...]] = {}
     for module in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
         packed, scales, biases = (tensors.pop(f"{module}.{part}", None) for part in ("weight", "scales", "biases"))
         if packed is None or scales is None or biases is None:
@@ -413,7 +448,8 @@ def _dequantized(tensors: dict[str, Tensor], bits: int, group_size: int, path: P
         except ValueError as error:
             raise ValueError(f"{path}: {module} can't be dequantized: {error}") from None
         tensors[f"{module}.weight"] = Tensor("float32", tuple(shape), read)
-    return tensors
+        packed_parts[f"{module}.weight"] = parts
+    return tensors, packed_parts
 
 
 def _mlx_dtype(name: str) -> mx.Dtype:

@@ -231,7 +231,7 @@ def _check_stop(tokenizer: Tokenizer, text: str) -> None:
 def load_named(path: Path, setting: str) -> tuple[GPT, Tokenizer]:
     """`load` of the directory that a setting names, on the device as it is."""
     directory = checkpoint.find_model(path.expanduser(), setting)
-    model, tokenizer = checkpoint.load_model(directory), tokenizers.load(directory)
+    model, tokenizer = checkpoint.load_model(directory, None), tokenizers.load(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         counts = f"its tokenizer has {tokenizer.vocab_size} ids, its model vocab_size = {model.config.vocab_size}"
         raise ValueError(f"{setting}: {directory}: {counts}")

@@ -47,6 +47,11 @@ def available(dtype: mx.Dtype = mx.float32) -> bool:
     return dtype == mx.float32 and _on_cpu()
 
 
+def reads(bits: int) -> bool:
+    """Whether weights quantized to so many bits are computed with as they are, by the kernels or by MLX on a GPU."""
+    return bits in (4, 8) if _on_cpu() else bits > 0
+
+
 def _on_cpu() -> bool:
     return _core is not None and mx.default_device().type == mx.cpu
 

@@ -95,6 +95,97 @@ def test_linear_backward_through_gelu(rows, n_in, n_out, activation):
     close(activated, reference.gelu(pre.astype(np.float64), exact))
 
 
+# ---- weights in any storage ----
+
+QUANTIZED = [(bits, group, dtype) for bits in (4, 8) for group in (32, 64, 128) for dtype in ("f", "e", "H")]
+storages = st.sampled_from(["f", "e", "H", *QUANTIZED])
+
+
+def stored(weight, storage):
+    """A matrix in some storage -> what the kernels take for it, scales and biases, and its values in float64."""
+    if isinstance(storage, str):
+        array, values = halved(weight, storage)
+        return array, {}, values
+    bits, group, dtype = storage
+    words, *factors = mx.quantize(mx.array(weight), group, bits)
+    (scales, s), (biases, b) = (halved(np.array(factor), dtype) for factor in factors)
+    values = mx.dequantize(words, mx.array(s.astype(np.float32)), mx.array(b.astype(np.float32)), group, bits)
+    return np.array(words), {"scales": scales, "biases": biases}, np.array(values).astype(np.float64)
+
+
+def halved(array, dtype):
+    if dtype == "H":  # cut off, not rounded
+        bits = (array.view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return array.astype(dtype), array.astype(dtype).astype(np.float64)
+
+
+@any_shape
+@given(
+    rows=st.one_of(st.integers(1, 20), st.integers(21, 200)),
+    n_in=st.integers(1, 12),
+    n_out=st.integers(1, 130),
+    storage=storages,
+    epilogue=st.sampled_from(["", "bias residual", "bias gelu"]),
+)
+@example(rows=1, n_in=6, n_out=3000, storage=(4, 64, "e"), epilogue="bias residual")  # in more than one task
+@example(rows=70, n_in=24, n_out=700, storage=(8, 64, "e"), epilogue="")
+def test_linear_of_stored_weights(rows, n_in, n_out, storage, epilogue):
+    n_in = n_in * 128 if isinstance(storage, tuple) else n_in * 37
+    x, (weight, factors, values) = apart(normal(rows, n_in)), stored(normal(n_out, n_in), storage)
+    bias = normal(n_out) if "bias" in epilogue else None
+    residual = normal(rows, n_out) if "residual" in epilogue else None
+    out, activated = nan(rows, n_out), nan(rows, n_out) if "gelu" in epilogue else None
+    _core.linear_forward(x, weight, bias, out, residual=residual, activated=activated, **factors)
+    expected = x.astype(np.float64) @ values.T + (0 if bias is None else bias) + (0 if residual is None else residual)
+    norm = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(values, axis=1)
+    assert (np.abs(out - expected) <= (1e-5 if factors else 1e-6) * (norm + 1)).all()
+    if activated is not None:
+        close(activated, reference.gelu(out.astype(np.float64), False))
+
+
+@pytest.mark.parametrize("storage", ["f", "e", "H", *QUANTIZED[::3]])
+def test_a_row_among_others_gives_the_bits_it_gives_alone(storage):
+    x, (weight, factors, _) = normal(16, 384), stored(normal(5003, 384), storage)
+    whole, part = nan(16, 5003), nan(16, 37)
+    _core.linear_forward(x, weight, None, whole, **factors)
+    _core.linear_forward(x, weight[:37], None, part, **{name: f[:37] for name, f in factors.items()})
+    np.testing.assert_array_equal(part, whole[:, :37])
+    for first, n in ((0, 1), (15, 1), (3, 2), (1, 3), (5, 11)):
+        out = nan(n, 5003)
+        _core.linear_forward(x[first : first + n], weight, None, out, **factors)
+        np.testing.assert_array_equal(out, whole[first : first + n])
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_in_its_row(odd):
+    weight, factors, _ = stored(normal(9, 128), (4, 64, "e"))
+    x, out = normal(3, 128), nan(3, 9)
+    x[1, 77] = odd
+    _core.linear_forward(x, weight, None, out, **factors)
+    np.testing.assert_array_equal(np.isnan(out), np.arange(3)[:, None].repeat(9, 1) == 1)
+
+
+@any_shape
+@given(B=st.integers(1, 4), T=st.integers(1, 5), storage=storages, offsets=st.booleans())
+def test_embedding_of_stored_tokens(B, T, storage, offsets):
+    tokens, factors, values = stored(normal(11, 256), storage)
+    ids = rng.integers(0, 11, (B, T)).astype(np.int32)
+    at = rng.integers(0, 4, B).astype(np.int32) if offsets else np.zeros(B, np.int32)
+    positions, out = normal(T + 3 if offsets else T, 256), nan(B, T, 256)
+    _core.embedding_forward(ids, tokens, positions, out, offsets=at if offsets else None, **factors)
+    close(out, values[ids] + positions[at[:, None] + np.arange(T)], 1e-6)
+
+
+@any_shape
+@given(N=st.integers(1, 100), V=st.integers(1, 300), storage=storages)
+def test_linear_cross_entropy_of_stored_weights(N, V, storage):
+    x, (weight, factors, values) = normal(N, 128), stored(normal(V, 128), storage)
+    targets = rng.integers(0, V, N).astype(np.int32)
+    expected, _ = reference.cross_entropy(x.astype(np.float64) @ values.T, targets)
+    assert _core.linear_cross_entropy(x, weight, targets, **factors) == pytest.approx(expected, rel=5e-6, abs=5e-6)
+
+
 # ---- gelu ----
 
 

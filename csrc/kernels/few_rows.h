@@ -64,12 +64,16 @@ void weight_row(const Weights& weights, int n_in, float* out) {
 
 // ---- floats ----
 
-// W weights of a column times R rows of x: as many sums as a register block of tile.h has.
-constexpr int kWeightRows = 4;
-constexpr int kMostRows = kTileRows * kTileVecs / kWeightRows;
+// Rows of weights that are read at a time, each from a part of its own: hardware looks ahead along few
+// streams and within a page, so that neighbouring rows, of a page or less, reach half the bandwidth only.
+constexpr int kStreams = 4;
 
+// Times rows of x: as many sums as a register block of tile.h has.
+constexpr int kMostRows = kTileRows * kTileVecs / kStreams;
+
+/// The products of W rows of weights with R of x. The rows of weights lie `apart`, as do their products.
 template <int W, int R, class T>
-inline void dots(const T* weights, ptrdiff_t stride, int n_in, Rows x, Rows out) {
+inline void dots(const T* weights, ptrdiff_t stride, int n_in, Rows x, Rows out, ptrdiff_t apart) {
     Vec sums[R][W];
     for (int r = 0; r < R; ++r)
         for (int w = 0; w < W; ++w) sums[r][w] = set(0.0F);
@@ -77,12 +81,12 @@ inline void dots(const T* weights, ptrdiff_t stride, int n_in, Rows x, Rows out)
         Vec column[R];
         for (int r = 0; r < R; ++r) column[r] = some.read(x.data + r * x.stride + i);
         for (int w = 0; w < W; ++w) {
-            const Vec weight = some.read(weights + w * stride + i);
+            const Vec weight = some.read(weights + w * apart * stride + i);
             for (int r = 0; r < R; ++r) sums[r][w] = fma(weight, column[r], sums[r][w]);
         }
     });
     for (int r = 0; r < R; ++r)
-        for (int w = 0; w < W; ++w) out.data[r * out.stride + w] = sum(sums[r][w]);
+        for (int w = 0; w < W; ++w) out.data[r * out.stride + w * apart] = sum(sums[r][w]);
 }
 
 template <int n>
@@ -99,29 +103,36 @@ inline void blocks_of_rows(int n, F f, int first = 0) {
     }
 }
 
+/// Calls f for each of n rows of weights: f(W, first) has the rows first + w * (n / kStreams) for w < W.
+template <class F>
+inline void streams_of_rows(int n, F f) {
+    const int part = n / kStreams;
+    for (int w = 0; w < part; ++w) f(Constant<kStreams>{}, w);
+    for (int w = kStreams * part; w < n; ++w) f(Constant<1>{}, w);
+}
+
+inline Rows part_of(Rows a, ptrdiff_t row, ptrdiff_t column) {
+    return {a.data + row * a.stride + column, a.stride};
+}
+
 template <class T>
 inline void float_products(Rows x, int n_rows, const T* weights, ptrdiff_t stride, int n_out, int n_in,
                            Rows out) {
-    int w = 0;
-    const auto some_weights = [&](auto W) {
+    streams_of_rows(n_out, [&](auto W, int w) {
         blocks_of_rows<kMostRows>(n_rows, [&](auto R, int first) {
-            dots<W.value, R.value>(weights + w * stride, stride, n_in,
-                                   Rows{x.data + first * x.stride, x.stride},
-                                   Rows{out.data + first * out.stride + w, out.stride});
+            dots<W.value, R.value>(weights + w * stride, stride, n_in, part_of(x, first, 0),
+                                   part_of(out, first, w), n_out / kStreams);
         });
-        w += W.value;
-    };
-    while (w + kWeightRows <= n_out) some_weights(Constant<kWeightRows>{});
-    while (w < n_out) some_weights(Constant<1>{});
+    });
 }
 
 // ---- quantized ----
 
-// A quantized row of x: n_in int16; for each group the step dx between them; for each group the sum of the
-// floats. The latter two are filled up with zeros to whole vectors. The int16 go by units of 32: with 8 bits
+// A quantized row of x: n_in int16; for each group the step dx between them; for each group their sum times
+// dx. The latter two are filled up with zeros to whole vectors. The int16 go by units of 32: with 8 bits
 // in order, with 4 bits first those that meet the low halves of 16 bytes, then the others.
 constexpr int kUnit = 32;
-constexpr int kMostQuantizedRows = 4;
+constexpr int kMostQuantizedRows = 2;
 constexpr int kScaleRows = 8;  // their scales are converted at once, for one row has few
 
 inline ptrdiff_t whole_vectors(ptrdiff_t n) { return (n + 15) / 16 * 16; }
@@ -135,103 +146,124 @@ void quantize(const float* x, const Weights& weights, int n_in, float* out) {
     const ptrdiff_t n_groups = weights.scale_stride, length = whole_vectors(n_groups);
     float *dx = out + whole_vectors(n_in / 2), *sums = dx + length;
     for (ptrdiff_t g = 0; g < n_groups; ++g, x += weights.group) {
-        Vec total = set(0.0F), tops = set(0.0F);
+        Vec tops = set(0.0F), finite = set(0.0F);  // x * 0 is 0, or NaN for a NaN or an infinity
         for (int i = 0; i < weights.group; i += kLanes) {
             const Vec a = load(x + i);
-            total = total + a;
             tops = max(tops, max(a, set(0.0F) - a));
+            finite = fma(a, set(0.0F), finite);
         }
         float lanes[kLanes];
         store(lanes, tops);
         float top = lanes[0];
         for (int lane = 1; lane < kLanes; ++lane) top = lanes[lane] > top ? lanes[lane] : top;
-        sums[g] = sum(total);
-        // The sum shows a NaN or an infinity, and dx carries it on. Of numbers below 1e-30 the factor could
-        // be infinite; they count as 0.
-        const bool finite = sums[g] - sums[g] == 0.0F;
-        const float factor = finite && top > 1e-30F ? kLargestQuant / top : 0.0F;
-        dx[g] = finite ? top / kLargestQuant : NAN;
+        const bool usable = sum(finite) == 0.0F;
+        // Of numbers below 1e-30 the factor could be infinite; they count as 0.
+        const float factor = usable && top > 1e-30F ? kLargestQuant / top : 0.0F;
+        dx[g] = usable ? top / kLargestQuant : NAN;
+        Vec total = set(0.0F);  // of integers, and exact
         for (int i = 0; i < weights.group; i += kUnit, to += kUnit) {
             float rounded[kUnit];
             int16_t ordered[kUnit] = {};
             if (factor > 0.0F) {
-                for (int j = 0; j < kUnit; j += kLanes)
-                    store(rounded + j, round(load(x + i + j) * set(factor)));
+                for (int j = 0; j < kUnit; j += kLanes) {
+                    const Vec a = round(load(x + i + j) * set(factor));
+                    store(rounded + j, a);
+                    total = total + a;
+                }
                 for (int j = 0; j < kUnit; ++j)
                     ordered[weights.bits == 8 ? j : j % 2 * 16 + j / 2] = static_cast<int16_t>(rounded[j]);
             }
             store_quants(ordered, to);
         }
+        // The sum of the rounded x, not of x: then a bias takes off just what an unsigned q has too much.
+        sums[g] = dx[g] * sum(total);
     }
     for (ptrdiff_t g = n_groups; g < length; ++g) dx[g] = sums[g] = 0.0F;
 }
 
-/// The products of one row of weights with R rows of x. The scales may be followed by anything.
-template <int bits, int units, int R>
-inline void quantized_dots(const unsigned char* q, const float* scales, const float* biases, int n_groups,
-                           int n_in, Rows x, Rows out, float* factors) {
+/// The scales and biases of kScaleRows rows of each stream, as floats. Others may follow a row's.
+struct Scales {
+    float *scales, *biases;
+    ptrdiff_t apart;  // from one stream's to the next
+};
+
+/// As dots, for quantized weights and x.
+template <int bits, int units, int W, int R>
+inline void quantized_dots(const unsigned char* q, ptrdiff_t stride, Scales all, int n_groups, int n_in,
+                           Rows x, Rows out, ptrdiff_t apart, float* factors) {
     const ptrdiff_t length = whole_vectors(n_groups);
     const Mask behind = less(set(static_cast<float>((n_groups - 1) % kLanes)), lane_numbers());
     const int16_t* quantized[R];
-    float of_biases[R];
+    GroupSums totals[R][W];
     for (int r = 0; r < R; ++r) {
         const float* row = x.data + r * x.stride;
         quantized[r] = reinterpret_cast<const int16_t*>(row);
         const float *dx = row + whole_vectors(n_in / 2), *sums = dx + length;
-        Vec total = set(0.0F);
-        for (int g = 0; g < n_groups; g += kLanes) {
-            store(factors + r * length + g, load(scales + g) * load(dx + g));
-            Vec bias = load(biases + g);
-            if (g + kLanes >= n_groups) bias = zero_where(behind, bias);
-            total = fma(bias, load(sums + g), total);
+        for (int w = 0; w < W; ++w) {
+            const float *scales = all.scales + w * all.apart, *biases = all.biases + w * all.apart;
+            Vec total = set(0.0F);
+            for (int g = 0; g < n_groups; g += kLanes) {
+                store(factors + (r * W + w) * length + g, load(scales + g) * load(dx + g));
+                Vec bias = load(biases + g);
+                if (g + kLanes >= n_groups) bias = zero_where(behind, bias);
+                total = fma(bias, load(sums + g), total);
+            }
+            totals[r][w] = group_sums(total);
         }
-        of_biases[r] = sum(total);
     }
-    GroupSums totals[R];
-    for (int r = 0; r < R; ++r) totals[r] = no_group_sums();
-    for (int g = 0; g < n_groups; ++g) {
-        IntSums sums[R];
-        for (int r = 0; r < R; ++r) sums[r] = no_sums();
-        for (int unit = 0; unit < units; ++unit) {
-            const Quants weights = unpack<bits>(q);
-            q += kUnit / 8 * bits;
+    constexpr int kBytes = units * kUnit / 8 * bits;  // of a group
+    for (int g = 0; g < n_groups; ++g, q += kBytes)
+        for (int w = 0; w < W; ++w) {
+            const unsigned char* row = q + w * apart * stride;
+            IntSums sums[R];
+            for (int r = 0; r < R; ++r) sums[r] = no_sums();
+            for (int unit = 0; unit < units; ++unit) {
+                const Quants weights = unpack<bits>(row + unit * kUnit / 8 * bits);
+                for (int r = 0; r < R; ++r)
+                    sums[r] = add_products(weights, quantized[r] + (g * units + unit) * kUnit, sums[r]);
+            }
             for (int r = 0; r < R; ++r)
-                sums[r] = add_products(weights, quantized[r] + (g * units + unit) * kUnit, sums[r]);
+                totals[r][w] = fma(sums[r], factors[(r * W + w) * length + g], totals[r][w]);
         }
-        for (int r = 0; r < R; ++r) totals[r] = fma(sums[r], factors[r * length + g], totals[r]);
-    }
-    for (int r = 0; r < R; ++r) out.data[r * out.stride] = of_biases[r] + sum(totals[r]);
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) out.data[r * out.stride + w * apart] = sum(totals[r][w]);
 }
 
 size_t few_rows_scratch(const Weights& weights, int) {
     if (weights.bits == 0) return 0;
-    return (2 * kScaleRows + kMostQuantizedRows + 2) * whole_vectors(weights.scale_stride);
+    return kStreams * (2 * (kScaleRows + 1) + kMostQuantizedRows) * whole_vectors(weights.scale_stride);
 }
 
 template <int bits, int units>
 inline void quantized_products(Rows x, int n_rows, const Weights& weights, int n_out, int n_in, Rows out,
                                float* scratch) {
     const auto n_groups = static_cast<int>(weights.scale_stride);
-    const ptrdiff_t length = whole_vectors(n_groups);
-    float *scales = scratch, *biases = scales + (kScaleRows + 1) * length;
-    float* factors = biases + (kScaleRows + 1) * length;
-    for (int w = 0; w < n_out; ++w) {
-        const int at = w % kScaleRows * n_groups;
-        if (at == 0) {
-            const Weights some = weights.from(w);
-            const int n = n_groups * (n_out - w < kScaleRows ? n_out - w : kScaleRows);
-            to_floats(some.scales, some.storage, n, scales);
-            to_floats(some.biases, some.storage, n, biases);
-            if (kQuantCentre<bits> != 0)
-                for (int i = 0; i < n; ++i) biases[i] += static_cast<float>(kQuantCentre<bits>) * scales[i];
-        }
+    const ptrdiff_t length = whole_vectors(n_groups), apart = (kScaleRows + 1) * length;
+    const Scales all{scratch, scratch + kStreams * apart, apart};
+    float* factors = all.biases + kStreams * apart;
+    const int part = n_out / kStreams;
+    streams_of_rows(n_out, [&](auto W, int w) {
+        // Of each stream's rows from one multiple of kScaleRows to the next; the last three rows are alone.
+        const int row = W.value > 1 ? w % kScaleRows : 0, left = W.value > 1 ? part - w : 1;
+        if (row == 0)
+            for (int stream = 0; stream < W.value; ++stream) {
+                const Weights some = weights.from(w + stream * part);
+                const int n = n_groups * (left < kScaleRows ? left : kScaleRows);
+                float *scales = all.scales + stream * apart, *biases = all.biases + stream * apart;
+                to_floats(some.scales, some.storage, n, scales);
+                to_floats(some.biases, some.storage, n, biases);
+                if (kQuantCentre<bits> != 0)
+                    for (int i = 0; i < n; ++i)
+                        biases[i] += static_cast<float>(kQuantCentre<bits>) * scales[i];
+            }
+        const Scales own{all.scales + row * n_groups, all.biases + row * n_groups, apart};
         const auto* q = static_cast<const unsigned char*>(weights.data) + 4 * w * weights.stride;
         blocks_of_rows<kMostQuantizedRows>(n_rows, [&](auto R, int first) {
-            quantized_dots<bits, units, R.value>(q, scales + at, biases + at, n_groups, n_in,
-                                                 {x.data + first * x.stride, x.stride},
-                                                 {out.data + first * out.stride + w, out.stride}, factors);
+            quantized_dots<bits, units, W.value, R.value>(q, 4 * weights.stride, own, n_groups, n_in,
+                                                          part_of(x, first, 0), part_of(out, first, w), part,
+                                                          factors);
         });
-    }
+    });
 }
 
 template <int bits>

@@ -48,7 +48,6 @@ inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
 struct GroupSums {
     __m256 x;
 };
-inline GroupSums no_group_sums() { return {_mm256_setzero_ps()}; }
 inline GroupSums fma(IntSums a, float b, GroupSums c) {
     return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(a.x), _mm256_set1_ps(b), c.x)};
 }

@@ -113,6 +113,8 @@ inline Vec from_bits(UVec a) { return {_mm256_castsi256_ps(a.x)}; }
 inline UVec exponent_field(UVec a) { return {_mm256_srli_epi32(a.x, 23)}; }
 inline Vec to_float(UVec a) { return {_mm256_cvtepi32_ps(a.x)}; }
 
+inline GroupSums group_sums(Vec a) { return {a.x}; }
+
 }  // namespace
 
 #include "ops.h"

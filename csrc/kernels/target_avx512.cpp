@@ -119,6 +119,11 @@ inline Vec from_bits(UVec a) { return {_mm512_castsi512_ps(a.x)}; }
 inline UVec exponent_field(UVec a) { return {_mm512_srli_epi32(a.x, 23)}; }
 inline Vec to_float(UVec a) { return {_mm512_cvtepi32_ps(a.x)}; }
 
+inline GroupSums group_sums(Vec a) {
+    const __m512 high = _mm512_shuffle_f32x4(a.x, a.x, 0xEE);
+    return {_mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_castps512_ps256(high))};
+}
+
 }  // namespace
 
 #include "ops.h"

@@ -172,7 +172,7 @@ inline int32x4_t total(IntSums a) { return a.x; }
 #endif
 
 using GroupSums = Vec;
-inline GroupSums no_group_sums() { return {vdupq_n_f32(0.0F)}; }
+inline GroupSums group_sums(Vec a) { return a; }
 inline GroupSums fma(IntSums a, float b, GroupSums c) {
     return {vfmaq_n_f32(c.x, vcvtq_f32_s32(total(a)), b)};
 }

@@ -150,7 +150,7 @@ inline IntSums add_products(const Quants& q, const int16_t* x, IntSums sums) {
     return sums;
 }
 using GroupSums = Vec;
-inline GroupSums no_group_sums() { return {0.0F}; }
+inline GroupSums group_sums(Vec a) { return a; }
 inline GroupSums fma(IntSums a, float b, GroupSums c) { return {static_cast<float>(a.x) * b + c.x}; }
 
 }  // namespace
