@@ -5,10 +5,11 @@
 Each contender is a process of its own, on the same threads, with the same random weights; transformers and
 llama-cpp-python take part where they are installed, in this Python or in the one that is named. They take turns, so
 that all see the same state of the machine: a turn is a prompt of N tokens and 64 greedy ones behind it, and a prompt
-of 256. Printed are medians of the turns; the share of what reading the weights once per token allows (the best
-bandwidth measured among the turns, over the bytes of all weights but the positions', a tied head counted once); the
-time over that of our model in the same or the nearest storage; the time of a whole process that prints one token; and
-the peak memory of a process. The last line is a model so small that Python's own time is left.
+of 256 (whoever needs half a minute for that is asked once). Printed are medians of the turns; the share of what
+reading the weights once per token allows (the best bandwidth measured among the turns, over the bytes of all weights
+but the positions', a tied head counted once); the time over that of our model in the same or the nearest storage; the
+time of a whole process that prints one token; and the peak memory of a process. The last line is a model so small that
+Python's own time is left.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 
 VOCAB_SIZE, BLOCK_SIZE = 50257, 1024  # GPT-2's
 NEW_TOKENS, PREFILL, RECOMPUTED = 64, 256, 256  # tokens of a turn, and the context of nanoGPT's row
+SLOW = 30  # seconds of a turn: who takes more is asked once
 PROMPT = "The meeting began at nine, and by noon they had not agreed on"
 OURS = {  # directories, by what they hold, and the options that convert float32 to them
     "float32": None,
@@ -126,7 +128,7 @@ def transformers(path: str, dtype: str, threads: int) -> Times:
 
 
 def llama(path: str, threads: int) -> Times:
-    """By llama_decode and NumPy's argmax, which is quicker than its sampler and create_completion."""
+    """By llama_decode and NumPy's argmax: no slower than its own sampler, and faster than create_completion."""
     from llama_cpp import Llama
 
     model = Llama(
@@ -289,6 +291,7 @@ class Process:
         self.contender = contender
         self.decode: list[float] = []  # seconds per token
         self.prefill: list[float] = []  # seconds
+        self.is_slow = False
         self._process = subprocess.Popen(
             [*command, "--directory", contender.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment,
@@ -316,21 +319,26 @@ class Process:
 def compare(directory: Path, sizes: dict[str, int], options: argparse.Namespace) -> None:
     here, threads = sys.executable, options.threads
     environment = {**os.environ, "MLXGPT_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of transformers, as it loads weights
     bandwidth = Process(Contender("bandwidth", "bandwidth", here), environment, threads)
     toy = Process(Contender("toy", "mlxgpt", here, str(directory / "toy")), environment, threads)
     processes = [Process(c, environment, threads) for c in contenders(directory, sizes, options)]
     best, overhead = 0.0, math.inf
     for turn in range(1 + options.turns):
         for process in processes:
+            if turn and process.is_slow:
+                continue
             best = max(best, bandwidth.ask(0, 0)[0])
             time.sleep(0.05)  # others' threads spin for a while after their work, and would slow the next one down
             n = 4 if process.contender.kind == "nanoGPT" else options.tokens
+            start = time.perf_counter()
             decode, prefill = process.ask(process.contender.context, n)[1], process.ask(PREFILL, 1)[0]
-            if turn:  # the first ones allocate and start threads
+            process.is_slow = time.perf_counter() - start > SLOW
+            if turn or process.is_slow:  # the first ones allocate and start threads
                 process.decode.append(decode)
                 process.prefill.append(prefill)
         overhead = min(overhead, toy.ask(1, 500)[1])
-    memory = {process.contender.name: process.peak_memory() for process in processes}
+    memory = {process.contender.name: process.peak_memory() for process in (bandwidth, toy, *processes)}
     first: dict[str, list[float]] = {process.contender.name: [] for process in processes}
     for turn in range(1 + options.turns):
         for process in processes:

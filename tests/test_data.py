@@ -39,6 +39,20 @@ def test_a_single_file_gives_its_last_tenth_to_validation(tmp_path):
     assert corpus.name == "text"
 
 
+def test_all_documents_are_those_of_both_sides_and_a_single_one_is_whole(folder, tmp_path_factory):
+    corpus = data.load_corpus(str(folder))
+    assert sorted(corpus.documents("all")) == sorted(corpus.documents("train") + corpus.documents("val"))
+    assert len(corpus.documents("all")) == 30
+    assert (corpus.documents("train"), corpus.documents("val")) == (corpus.train, corpus.val)
+    file = tmp_path_factory.mktemp("one") / "text.txt"
+    file.write_text("0123456789" * 10)
+    one = data.load_corpus(str(file))
+    assert one.documents("all") == ["0123456789" * 10]
+    assert one.documents("val") == ["0123456789"]
+    (file.parent / "other.txt").write_text("other")
+    assert sorted(data.load_corpus(str(file.parent)).documents("all")) == ["0123456789" * 10, "other"]
+
+
 def test_a_directory_is_read_below_and_what_is_not_text_is_counted(folder):
     corpus = data.load_corpus(str(folder))
     assert len(corpus.train) + len(corpus.val) == 30
