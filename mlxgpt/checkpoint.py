@@ -266,14 +266,21 @@ def _arrays(
 
     types = {name: t.dtype if stays(name, t) else "float32" for name, t in tensors.items()}
     shapes = {name: t.shape[::-1] if turned and turned(name) else t.shape for name, t in tensors.items()}
-    arrays = _empty_arrays({name: (types[name], shape) for name, shape in shapes.items()})
+    on_cpu = mx.default_device().type == mx.cpu  # where an array's memory is its own alone, and may be written to
+    arrays = _empty_arrays({name: (types[name], shape) for name, shape in shapes.items()}) if on_cpu else {}
     # The largest first: while it is read, its file's pages take memory too, and the others' copies none yet.
     for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
-        x, array = tensors[name].read(), arrays[name]
-        bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-        if not kernels.copy(x.T if turned and turned(name) else x, np.array(bits, copy=False)):
+        x, is_bfloat16 = tensors[name].read(), types[name] == "bfloat16"
+        if on_cpu:
+            out = np.array(arrays[name].view(mx.uint16) if is_bfloat16 else arrays[name], copy=False)
+        else:
+            out = np.empty(shapes[name], "uint16" if is_bfloat16 else types[name])
+        if not kernels.copy(x.T if turned and turned(name) else x, out):
             raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
-        arrays[name] = array.astype(dtype or array.dtype)
+        if not on_cpu:
+            arrays[name] = mx.array(out).view(mx.bfloat16) if is_bfloat16 else mx.array(out)
+        if dtype is not None:
+            arrays[name] = arrays[name].astype(dtype)
     return arrays
 
 
