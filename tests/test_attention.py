@@ -544,3 +544,77 @@ def test_mlx_arrays_are_read_in_place():
     mx.eval(p.q, p.k, p.v)
     p.forward()
     np.testing.assert_array_equal(p.out, expected)
+
+
+# ---- over a cache ----
+
+STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+
+def as_floats(array):
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array.astype(np.float32)
+
+
+def rounded(array, storage):
+    if storage == "bfloat16":
+        bits = array.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return array.astype(STORED[storage])
+
+
+class Cached:
+    """B sequences that hold different numbers of positions, and T new ones of each."""
+
+    def __init__(self, offsets, T, capacity, D=8, n_head=3, storage="float32", seed=0):
+        rng = np.random.default_rng([T, capacity, D, seed])
+        B = len(offsets)
+        qkv = rng.standard_normal((B, T, 3, n_head, D)).astype(np.float32)
+        self.q, self.k, self.v = (qkv[:, :, n].transpose(0, 2, 1, 3) for n in range(3))
+        self.keys, self.values = (
+            rounded(rng.standard_normal((B, n_head, capacity, D)).astype(np.float32), storage) for _ in range(2)
+        )
+        self.offsets, self.storage = np.array(offsets, np.int32), storage
+        self.out = np.full((B, T, n_head, D), np.nan, np.float32).transpose(0, 2, 1, 3)
+
+    def run(self):
+        _core.attention_cached(
+            self.q, self.k, self.v, self.keys, self.values, self.offsets, self.out, scale=self.q.shape[-1] ** -0.5
+        )
+        return self.out
+
+
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize(("T", "D"), [(1, 8), (1, 64), (5, 7), (16, 8), (17, 8), (40, 64)])
+def test_cached_attention_sees_what_is_held_and_itself(T, D, storage):
+    problem = Cached([0, 150, 3], T, 200, D, storage=storage)
+    before = problem.keys.copy(), problem.values.copy()
+    out = problem.run()
+    for b, offset in enumerate(problem.offsets):
+        held = slice(0, offset + T)
+        for cache, old, new in ((problem.keys, before[0], problem.k), (problem.values, before[1], problem.v)):
+            assert np.array_equal(cache[b, :, offset : offset + T], rounded(np.ascontiguousarray(new[b]), storage))
+            assert np.array_equal(cache[b, :, :offset], old[b, :, :offset])
+            assert np.array_equal(cache[b, :, offset + T :], old[b, :, offset + T :])
+        k, v = (as_floats(cache[b : b + 1, :, held]) for cache in (problem.keys, problem.values))
+        expected, _, _ = reference.attention(problem.q[b : b + 1], k, v, scale=D**-0.5, causal=True, factors=None)
+        assert np.abs(out[b : b + 1] - expected).max() < 1e-5
+
+
+def test_a_few_new_positions_get_the_bits_that_they_get_one_by_one():
+    together, alone = (Cached([7, 90], 16, 128, 64) for _ in range(2))
+    together.run()
+    whole = alone.q, alone.k, alone.v
+    for t in range(16):
+        alone.q, alone.k, alone.v = (part[:, :, t : t + 1] for part in whole)
+        alone.out = np.empty((2, 1, 3, 64), np.float32).transpose(0, 2, 1, 3)
+        assert np.array_equal(alone.run(), together.out[:, :, t : t + 1])
+        alone.offsets += 1
+
+
+@pytest.mark.parametrize(("offset", "T"), [(-1, 1), (8, 1), (5, 4), (2**31 - 1, 1)])
+def test_a_cache_is_not_written_past_its_size(offset, T):
+    problem = Cached([0, offset], T, 8)
+    before = problem.keys.copy()
+    with pytest.raises(ValueError, match=rf"cached attention: sequence 1 holds {offset} positions, expected 0 to"):
+        problem.run()
+    assert np.array_equal(problem.keys, before)

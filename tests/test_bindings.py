@@ -159,6 +159,12 @@ def calls(n: int = 1) -> dict[str, tuple[Callable, dict, str, str]]:
     return {
         "attention_forward": (_core.attention_forward, heads, "out lse", ""),
         "attention_backward": (_core.attention_backward, heads | gradients, "dq dk dv", ""),
+        "attention_cached": (
+            _core.attention_cached,
+            {name: array(B, H, T, D) for name in ("q", "k", "v", "out")} | {"scale": 0.5}
+            | {name: array(B, H, T + 4, D) for name in ("keys", "values")} | {"offsets": np.array([0, 4], np.int32)},
+            "keys values out", "",
+        ),
         "dropout_mask": (_core.dropout_mask, {"mask": array(B, H, T, T), "dropout": 0.5, "seed": 1}, "mask", ""),
         "linear_forward": (
             _core.linear_forward,
@@ -302,7 +308,7 @@ def test_bad_array(call, fault):
     function, arguments, outputs, _ = CALLS[call]
     names = [name for of, name in ARRAYS if of == call]
     if fault == "one element for all" and call.startswith("attention"):
-        names = [*outputs.split(), "lse"]  # what attention reads may have any strides
+        names = [name for name in (*outputs.split(), "lse") if name in arguments]  # any strides will do for the others
     if call == "copy" and fault in ("bits of another type", "the order of Fortran", "an odd address"):
         names = ["out"]  # what copy is there to read
     if fault == "bits of another type" and "backward" not in call:
@@ -468,3 +474,53 @@ def test_bad_number_of_adamw(name, value):
     what = "a beta" if "beta" in name else name
     with pytest.raises(ValueError, match=f"^adamw: {what} is .*, expected "):
         _core.adamw(*([array(5)] for _ in range(4)), [True], **{**options, name: value})
+
+
+# ---- recordings ----
+
+
+def test_a_recording_makes_its_calls_again_on_what_the_arrays_then_hold():
+    x, weight, hidden, out = array(2, 6), array(5, 6), np.empty((2, 5), np.float32), np.empty((2, 5), np.float32)
+    ids, table, rows = np.zeros((1, 2), np.int32), array(7, 6), np.empty((1, 2, 6), np.float32)
+    recording = _core.Recording()
+    with recording:
+        _core.embedding_forward(ids, table, None, rows)
+        _core.linear_forward(rows[0], weight, None, hidden)
+        _core.linear_forward(hidden, np.eye(5, dtype=np.float32) * 2, None, out)  # held by the recording alone
+    _core.linear_forward(x, weight, None, np.empty((2, 5), np.float32))  # no longer recorded
+    assert len(recording) == 3
+    for pair in ([1, 2], [6, 6]):
+        ids[0] = pair
+        recording.replay()
+        np.testing.assert_allclose(out, 2 * table[pair] @ weight.T, rtol=1e-5)
+
+
+def test_a_recording_checks_what_it_reads_anew():
+    ids, offsets, out = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.empty((1, 2, 6), np.float32)
+    recording = _core.Recording()
+    with recording:
+        _core.embedding_forward(ids, array(7, 6), array(4, 6), out, offsets=offsets)
+    for values, fault, message in ((ids, 7, "ids holds 7, expected 0 <= id < 7"), (offsets, 3, "offsets holds 3")):
+        values[...] = fault
+        with pytest.raises(ValueError, match=f"embedding: {message}"):
+            recording.replay()
+        values[...] = 0
+        recording.replay()
+
+
+def test_one_recording_at_a_time():
+    first, second = _core.Recording(), _core.Recording()
+    with first:
+        with pytest.raises(ValueError, match="one is being made already in this thread"), second:
+            pass
+        with pytest.raises(ValueError, match="recording: it is still being made"):
+            first.replay()
+    first.__enter__()
+    del first  # in the middle
+    with second:
+        _core.linear_forward(array(1, 6), array(5, 6), None, np.empty((1, 5), np.float32))
+    assert len(second) == 1
+    with pytest.raises(ValueError, match="x is"), second:
+        _core.linear_forward(array(6), array(5, 6), None, np.empty((1, 5), np.float32))
+    assert len(second) == 1
+    second.replay()
