@@ -192,7 +192,8 @@ class SampleConfig:
     """same seed, same text"""
 
     on_full: Literal["slide", "stop"] = "slide"
-    """past the model's positions: slide goes on from the last ones, stop ends the sample"""
+    """when all of the model's positions are taken: slide drops the oldest half of what it sees and reads the rest
+    again, stop ends the sample"""
     draft: str = ""
     """a smaller model directory of the same vocabulary, which proposes tokens that the model checks together"""
     draft_tokens: int = 4

@@ -67,23 +67,15 @@ class Decoder:
             raise ValueError(f"draft: its vocab_size is {draft.config.vocab_size}, the model's {V}")
         if draft and (len(prompts) != 1 or n_draft < 1):
             raise ValueError(f"draft: {len(prompts)} prompts and n_draft = {n_draft}, expected one and at least 1")
-        prompts = [np.asarray(prompt).tolist() for prompt in prompts]
-        for wrong in (t for prompt in prompts for t in prompt if not 0 <= t < V):
+        ids: list[list[int]] = [np.asarray(prompt).tolist() for prompt in prompts]
+        for wrong in (t for prompt in ids for t in prompt if not 0 <= t < V):
             raise ValueError(f"prompt: it holds id {wrong}, expected 0 <= id < vocab_size = {V}")
-        self.full = np.zeros(len(prompts), bool)  # sequences that ended because the model's positions are taken
         model.eval()  # no dropout
-        self._model, self._sampler = model, sampler
-        self._vocab_size = vocab_size or V
-        self._slides, self._wants_logprobs = on_full == "slide", logprobs
-        self._ended = np.zeros(len(prompts), bool)
-        self._uniforms = sampling.uniforms(sampler.seed, len(prompts))
-        self._texts = [_Text(prompt, size) for prompt in prompts]
-        self._seen: Any = None  # (B, vocab_size) bool: the ids in each text, where the sampler asks for them
-        if sampler.repetition_penalty != 1:
-            self._seen = np.zeros((len(prompts), self._vocab_size), bool)
-            for row, prompt in zip(self._seen, prompts, strict=True):
-                row[np.asarray(prompt)] = True
-        self._steps = self._speculate(draft, n_draft) if draft else self._decode()
+        rows = _Rows(model, ids, sampler, vocab_size or V, on_full == "slide", logprobs)
+        # The generator belongs to what it refers to by no way back: else all arrays would wait for Python to look
+        # for cycles when a Decoder is left before its end.
+        self._rows, self._steps = rows, rows.speculate(draft, n_draft) if draft else rows.decode()
+        self.full = rows.full  # (B,) bool: sequences that ended because the model's positions are taken
 
     def __iter__(self) -> Iterator[Step]:
         return self._steps
@@ -93,11 +85,30 @@ class Decoder:
 
     def finish(self, row: int) -> None:
         """Nothing more is wanted of a sequence."""
-        self._ended[row] = True
+        self._rows.ended[row] = True
+
+
+class _Rows:
+    """The sequences of a Decoder, and how they go on."""
+
+    def __init__(
+        self, model: GPT, prompts: list[list[int]], sampler: Sampler, vocab_size: int, slides: bool, logprobs: bool
+    ) -> None:
+        self.full = np.zeros(len(prompts), bool)
+        self.ended = np.zeros(len(prompts), bool)
+        self._model, self._sampler, self._vocab_size = model, sampler, vocab_size
+        self._slides, self._wants_logprobs = slides, logprobs
+        self._uniforms = sampling.uniforms(sampler.seed, len(prompts))
+        self._texts = [_Text(prompt, model.config.block_size) for prompt in prompts]
+        self._seen: Any = None  # (B, vocab_size) bool: the ids in each text, where the sampler asks for them
+        if sampler.repetition_penalty != 1:
+            self._seen = np.zeros((len(prompts), vocab_size), bool)
+            for row, prompt in zip(self._seen, prompts, strict=True):
+                row[[token for token in prompt if token < vocab_size]] = True
 
     # ---- token by token ----
 
-    def _decode(self) -> Iterator[Step]:
+    def decode(self) -> Iterator[Step]:
         texts, cache = self._texts, _cache(self._model, len(self._texts))
         step = ops.repeated(self._model.next_logits, cache)
         # On the kernels a step is computed when it is asked for. Elsewhere MLX works on the next one while the
@@ -108,19 +119,19 @@ class Decoder:
         logits = self._read(cache, range(len(texts)))  # (B, V)
         while True:
             tokens, logprobs = self._choose(logits)  # (B,)
-            is_ahead = ahead and not (cache.offsets[~self._ended] == cache.block_size).any()
+            is_ahead = ahead and not (cache.offsets[~self.ended] == cache.block_size).any()
             if is_ahead:
                 logits = step(tokens[:, None])  # (B, 1) -> (B, V)
                 mx.async_eval(tokens, logits)
             yield self._took(tokens, logprobs)
-            if self._ended.all():
+            if self.ended.all():
                 return
-            cache.offsets[self._ended] = 0  # what is computed for these is not looked at, and must not fill up
+            cache.offsets[self.ended] = 0  # what is computed for these is not looked at, and must not fill up
             if is_ahead:
                 continue
-            slid = [int(row) for row in np.flatnonzero(~self._ended) if texts[row].slide()]
+            slid = [int(row) for row in np.flatnonzero(~self.ended) if texts[row].slide()]
             cache.offsets[slid] = 0
-            if len(slid) < np.count_nonzero(~self._ended):
+            if len(slid) < np.count_nonzero(~self.ended):
                 logits = step(tokens[:, None])
             if slid:
                 for row, anew in zip(slid, self._read(cache, slid), strict=True):
@@ -144,6 +155,8 @@ class Decoder:
     def _choose(self, logits: Any) -> tuple[Any, Any]:
         """The next tokens (B,) and, if wanted, their log-probabilities (B,), from logits (B, V)."""
         logits = logits[:, : self._vocab_size]
+        if isinstance(logits, mx.array):
+            logits = logits.astype(mx.float32)  # sums of probabilities are too much for half precision
         tokens = self._sampler(logits, self._seen, None if self._sampler.greedy else next(self._uniforms))
         if isinstance(self._seen, mx.array):
             self._seen = mx.put_along_axis(self._seen, tokens[:, None], mx.array(True), axis=-1)
@@ -153,22 +166,22 @@ class Decoder:
 
     def _took(self, tokens: Any, logprobs: Any = None) -> Step:
         """Adds the tokens to the texts -> what the caller sees of them."""
-        tokens = np.where(self._ended, -1, np.asarray(tokens)).astype(np.int32)
-        if (tokens[~self._ended] < 0).any():  # how a sampler of MLX arrays says it
+        tokens = np.where(self.ended, -1, np.asarray(tokens)).astype(np.int32)
+        if (tokens[~self.ended] < 0).any():  # how a sampler of MLX arrays says it
             raise ValueError("logits: not finite numbers, or every token is forbidden")
-        for row in np.flatnonzero(~self._ended):
+        for row in np.flatnonzero(~self.ended):
             self._texts[row].tokens.append(int(tokens[row]))
             if self._texts[row].is_full and not self._slides:
-                self.full[row] = self._ended[row] = True
+                self.full[row] = self.ended[row] = True
         return Step(tokens, None if logprobs is None else np.asarray(logprobs))
 
     # ---- with a draft ----
 
-    def _speculate(self, draft: GPT, n_draft: int) -> Iterator[Step]:
+    def speculate(self, draft: GPT, n_draft: int) -> Iterator[Step]:
         (text,), target, proposer = self._texts, _Reader(self._model), _Reader(draft)
         drafted = _Text(text.tokens, draft.config.block_size)
         begun = False  # after the beginning and after a slide, all of the window is read as it is without a draft
-        while not self._ended.all():
+        while not self.ended.all():
             room = min(n_draft, text.size - len(text.window), drafted.size // 2 - 1) if begun else 0
             drafted.tokens = list(text.tokens)
             likely: list[np.ndarray] = []  # what each proposal was drawn from, (V,)
@@ -191,7 +204,7 @@ class Decoder:
                 yield self._took(token_of, self._logprobs(logits[n], token_of))
                 if self._seen is not None:
                     self._seen[0, token] = True
-                if self._ended.all() or not accepted:
+                if self.ended.all() or not accepted:
                     break
             begun = not text.slide()
 
@@ -249,7 +262,7 @@ class _Reader:
             same += 1
         self._cache.offsets[:] = same
         self._held = ids
-        if len(ids) - same > _FEW:
+        if len(ids) - same > max(n, _FEW):
             if n == 1:
                 return _to_numpy(_prefill(self._model, ids[same:], self._cache))
             _prefill(self._model, ids[same:-n], self._cache)

@@ -40,8 +40,8 @@ OURS = {  # directories, by what they hold, and the options that convert float32
     "float32": None,
     "float16": ["--dtype", "float16"],
     "bfloat16": ["--dtype", "bfloat16"],
-    "8-bit": ["--quantize", "8"],
-    "4-bit": ["--quantize", "4"],
+    "8-bit": ["--dtype", "float16", "--quantize", "8"],
+    "4-bit": ["--dtype", "float16", "--quantize", "4"],
 }
 GGUF = {"f32": "float32", "f16": "float16", "q8_0": "8-bit", "q4_0": "4-bit"}  # and our nearest storage
 LLAMA_QUANTIZE = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections import Counter
 
 import mlx.core as mx
@@ -121,6 +123,16 @@ def test_positions_can_be_taken_back(backend):
     np.testing.assert_allclose(again, first[:, 2:], atol=1e-5)
 
 
+def test_a_step_is_compiled_once_for_each_size_of_the_cache(monkeypatch):
+    monkeypatch.setattr(kernels, "_core", None)
+    model, hidden, lengths = random_model(n_layer=1, n_embd=16, block_size=600), GPT.hidden, []
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, ids, cache: (lengths.append(ids.shape[1]), hidden(self, ids, cache))[1]
+    )
+    tokens(Decoder(model, [[1, 2]], GREEDY), 590)
+    assert lengths == [2, 1, 1, 1]  # the prompt; 256, 512 and 600 positions
+
+
 def test_long_prompts_are_read_in_chunks(backend, monkeypatch):
     monkeypatch.setattr("mlxgpt.decoding._CHUNK", 7)
     model = random_model()
@@ -177,6 +189,21 @@ def test_finished_sequences_are_left_out(backend):
     assert not steps.full.any()
 
 
+def test_a_decoder_that_is_left_lets_go_of_its_arrays():
+    model, arrays = random_model(), []
+    gc.collect()
+    gc.disable()
+    try:
+        for draft in (None, random_model(1, 16)):
+            steps = Decoder(model, [[1, 2]], GREEDY, draft=draft)
+            next(steps)
+            arrays.append(weakref.ref(steps._rows))
+            del steps
+        assert [array() for array in arrays] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_log_probabilities_are_the_models_own(backend):
     model = random_model()
     for draft in (None, random_model(1, 16)):
@@ -198,7 +225,7 @@ def test_ids_of_the_padding_are_never_drawn(backend):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("n_draft", [1, 4])
+@pytest.mark.parametrize("n_draft", [1, 4, 20])
 def test_a_draft_changes_nothing_in_greedy_decoding(backend, prompt, n_draft):
     model = random_model()
     for draft in (model, random_model(1, 16), random_model(1, 16, block_size=7)):
