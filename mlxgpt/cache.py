@@ -37,10 +37,12 @@ class KVCache:
         cache.offsets, cache.keys, cache.values = offsets, list(keys), list(values)
         return cache
 
-    def reserve(self, T: int) -> None:
-        """Makes room for T more positions of every sequence. ValueError past block_size."""
+    def reserve(self, B: int, T: int) -> None:
+        """Makes room for T more positions of each of B sequences. ValueError past block_size, and for another B."""
         if not isinstance(self.offsets, np.ndarray):  # in a compiled function: done before it was called
             return
+        if len(self.offsets) != B:
+            raise ValueError(f"cache: it is of {len(self.offsets)} sequences, expected {B}")
         held = int(self.offsets.max())
         if held + T > self.block_size:
             raise ValueError(f"cache: {held} + {T} positions, at most block_size = {self.block_size}")

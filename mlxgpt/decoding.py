@@ -39,8 +39,9 @@ class Decoder:
     at once (for one sequence): the same tokens if they are greedy, the same distribution if they are drawn.
     Leviathan et al. 2022, https://arxiv.org/abs/2211.17192.
 
-    ValueError for no prompt or an empty one, an id outside the vocabulary, an on_full of another name, a prompt past
-    block_size that may not slide, and a draft with another vocabulary or with several prompts.
+    ValueError for no prompt or an empty one, an id outside the vocabulary (in a prompt or a logit_bias), an on_full of
+    another name, a prompt past block_size that may not slide, and a draft with another vocabulary or for several
+    prompts.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Decoder:
         ids: list[list[int]] = [np.asarray(prompt).tolist() for prompt in prompts]
         for wrong in (t for prompt in ids for t in prompt if not 0 <= t < V):
             raise ValueError(f"prompt: it holds id {wrong}, expected 0 <= id < vocab_size = {V}")
+        if beyond := [token for token in sampler.logit_bias if token >= (vocab_size or V)]:
+            raise ValueError(f"logit_bias: id {beyond[0]}, expected 0 to {(vocab_size or V) - 1}")
         model.eval()  # no dropout
         rows = _Rows(model, ids, sampler, vocab_size or V, on_full == "slide", logprobs)
         # The generator belongs to what it refers to by no way back: else all arrays would wait for Python to look

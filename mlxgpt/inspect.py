@@ -285,7 +285,7 @@ def main(args: Sequence[str]) -> None:
     mx.random.seed(0)
     model, shape = GPT(config.model), (config.batch_size, config.model.block_size)
     model.update(tree_map(lambda p: p.astype(getattr(mx, config.dtype)), model.parameters()))
-    ids, cache = mx.zeros(shape, mx.int32), KVCache(config.model.n_layer, config.model.block_size)
+    ids, cache = mx.zeros(shape, mx.int32), KVCache(config.model.n_layer, config.model.block_size, config.batch_size)
     calls = trace(model, ids)
     trace(model, ids, cache)
 

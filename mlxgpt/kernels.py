@@ -118,7 +118,7 @@ class Repeated:
                 self._output = _run_to_numpy(None, self._method, self._model, [self._ids, self._cache])
         else:
             self._ids[...] = ids
-            self._cache.reserve(ids.shape[1])
+            self._cache.reserve(*ids.shape)
             self._calls.replay()
             self._cache.advance(ids.shape[1])
         return self._output

@@ -161,7 +161,7 @@ class GPT(nn.Module):
         """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
         T, offsets = ids.shape[1], None
         if cache is not None:
-            cache.reserve(T)
+            cache.reserve(*ids.shape)
             offsets = cache.offsets
         elif T > self.config.block_size:
             raise ValueError(f"GPT: {T} positions, at most block_size = {self.config.block_size}")

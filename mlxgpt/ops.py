@@ -87,7 +87,7 @@ def repeated(method: Callable[..., Any], cache: KVCache) -> Callable[[Any], Any]
     def call(ids: mx.array) -> mx.array:
         if cache.keys[0] is None:
             return method(ids, cache)
-        cache.reserve(ids.shape[1])
+        cache.reserve(*ids.shape)
         # The cache's own arrays are not held here: those that nobody else holds are written in place.
         output, cache.keys, cache.values = step(ids, mx.array(cache.offsets), cache.keys, cache.values)
         cache.advance(ids.shape[1])

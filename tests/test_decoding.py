@@ -114,6 +114,11 @@ def test_low_precision_is_computed_with_as_it_lies(backend, tmp_path, dtype, bit
             assert error < {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 1e-2}[dtype]
 
 
+def test_a_cache_is_of_so_many_sequences(backend):
+    with pytest.raises(ValueError, match="cache: it is of 2 sequences, expected 3"):
+        random_model()(mx.zeros((3, 1), mx.int32), KVCache(2, T, 2))
+
+
 def test_positions_can_be_taken_back(backend):
     model = random_model()
     cache = KVCache(2, T)
@@ -284,6 +289,7 @@ def test_drawing_with_a_draft_keeps_the_distribution():
         (dict(prompts=[[1] * 25], on_full="stop"), "prompt: 25 tokens, at most block_size = 24 unless the window"),
         (dict(prompts=[[1], [0, V]]), "prompt: it holds id 50, expected 0 <= id < vocab_size = 50"),
         (dict(prompts=[[-1]]), "prompt: it holds id -1"),
+        (dict(sampler=Sampler(logit_bias={40: 1.0}), vocab_size=40), "logit_bias: id 40, expected 0 to 39"),
         (dict(on_full="crash"), "on_full is 'crash', expected 'slide' or 'stop'"),
         (dict(draft=random_model(vocab_size=51)), "draft: its vocab_size is 51, the model's 50"),
         (dict(draft=random_model(), prompts=[[1], [2]]), "draft: 2 prompts and n_draft = 4, expected one"),

@@ -74,7 +74,7 @@ def test_larger_presets_have_the_published_counts(capsys, wide, name, total):
 def test_flops_and_memory_are_those_of_the_shapes(capsys, wide):
     B, T, C, L, V, H = 2, 16, 32, 3, 50, 4
     model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=L, n_head=H, n_embd=C))
-    ids, cache = mx.zeros((B, T), mx.int32), KVCache(L, T)
+    ids, cache = mx.zeros((B, T), mx.int32), KVCache(L, T, B)
     calls = inspect.trace(model, ids)
     inspect.trace(model, ids, cache)
     matrices = L * (3 * C * C + C * C + 8 * C * C) + V * C

@@ -85,7 +85,7 @@ def test_logits_with_a_cache_are_mlxs(chunk):
     model, (ids, _) = model_of(), batch(T=40)
 
     def logits():
-        cache = KVCache(2, 40)
+        cache = KVCache(2, 40, len(ids))
         return np.concatenate([np.array(model(ids[:, n : n + chunk], cache)) for n in range(0, 40, chunk)], axis=1)
 
     np.testing.assert_allclose(logits(), with_mlx(logits), rtol=1e-4, atol=1e-4)

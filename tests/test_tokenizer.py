@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxgpt import tokenizer
-from mlxgpt.generate import stream_text
 from mlxgpt.tokenizer import BPETokenizer, CharTokenizer, decode
 
 GPT2 = BPETokenizer.gpt2()
@@ -77,19 +76,6 @@ def test_each_token_is_spelt_as_encoding_takes_it():
 @given(st.text())
 def test_gpt2_there_and_back(text):
     assert decode(GPT2, GPT2.encode(text).tolist()) == text
-
-
-@given(st.text())
-def test_streamed_text_is_the_text(text):
-    assert "".join(stream_text(GPT2.encode(text).tolist(), GPT2)) == text
-
-
-def test_a_character_is_streamed_when_it_is_whole():
-    tokens = GPT2.encode("😀").tolist()
-    assert len(tokens) > 1
-    pieces = list(stream_text(tokens, GPT2))
-    assert pieces[:-2] == [""] * (len(tokens) - 1)
-    assert pieces[-2] == "😀"
 
 
 def test_gpt2_files_there_and_back(tmp_path):
