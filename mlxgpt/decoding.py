@@ -255,6 +255,7 @@ class _Reader:
 
     def __init__(self, model: GPT) -> None:
         self._model, self._cache = model, _cache(model)
+        self._array = np.array if ops.on_kernels(model) else mx.array
         self._held: list[int] = []  # the tokens in the cache
         self._steps: dict[int, Callable[[Any], Any]] = {}
 
@@ -273,8 +274,7 @@ class _Reader:
         T = len(ids) - same
         if T not in self._steps:
             self._steps[T] = ops.repeated(self._model.__call__, self._cache)
-        new = np.array([ids[same:]], np.int32)
-        logits = self._steps[T](new if ops.on_kernels(self._model) else mx.array(new))  # (1, T, V)
+        logits = self._steps[T](self._array(np.array([ids[same:]], np.int32)))  # (1, T, V)
         return _to_numpy(logits)[0, -n:]
 
 

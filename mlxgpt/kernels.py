@@ -112,10 +112,10 @@ class Repeated:
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         if self._calls is None:
-            self._ids = np.array(ids, np.int32)
-            self._calls = _core.Recording()
-            with self._calls:
+            self._ids, calls = np.array(ids, np.int32), _core.Recording()
+            with calls:
                 self._output = _run_to_numpy(None, self._method, self._model, [self._ids, self._cache])
+            self._calls = calls  # only now that it is whole
         else:
             self._ids[...] = ids
             self._cache.reserve(*ids.shape)

@@ -82,6 +82,10 @@ def test_a_repeated_step_gives_the_logits_of_every_position(backend):
             part = ids[:, at : at + T_step]
             logits = np.array(step(part if backend == "kernels" else mx.array(part)))
             np.testing.assert_allclose(logits, whole[:, at : at + T_step], atol=1e-5)
+        full = ops.repeated(model.__call__, cache)  # that has not run yet
+        for _ in range(2):
+            with pytest.raises(ValueError, match="at most block_size"):
+                full(part if backend == "kernels" else mx.array(part))
         with pytest.raises(ValueError, match=rf"cache: {T} \+ {T_step} positions, at most block_size = {T}"):
             step(part if backend == "kernels" else mx.array(part))
 
