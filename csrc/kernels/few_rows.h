@@ -50,15 +50,17 @@ void weight_row(const Weights& weights, int n_in, float* out) {
         float scale, bias;
         to_floats(scales + i / weights.group * weights.element_size(), weights.storage, 1, &scale);
         to_floats(biases + i / weights.group * weights.element_size(), weights.storage, 1, &bias);
-        if (weights.bits == 8) {
-            for (int j = 0; j < weights.group; ++j) out[i + j] = scale * static_cast<float>(q[i + j]) + bias;
-        } else {
-            for (int j = 0; j < weights.group; j += 2) {
-                const int pair = q[(i + j) / 2];
-                out[i + j] = scale * static_cast<float>(pair & 15) + bias;
-                out[i + j + 1] = scale * static_cast<float>(pair >> 4) + bias;
+        // Loops that compilers turn into vectors: bytes first, then floats.
+        unsigned char bytes[128];
+        const unsigned char* numbers = q + i;
+        if (weights.bits == 4) {
+            for (int j = 0; j < weights.group / 2; ++j) {
+                bytes[2 * j] = q[i / 2 + j] & 15;
+                bytes[2 * j + 1] = q[i / 2 + j] >> 4;
             }
+            numbers = bytes;
         }
+        for (int j = 0; j < weights.group; ++j) out[i + j] = scale * static_cast<float>(numbers[j]) + bias;
     }
 }
 
