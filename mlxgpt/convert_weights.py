@@ -25,7 +25,7 @@ from rich.progress import (
 )  # fmt: skip
 from rich.table import Table
 
-from . import cli, convert, gguf_file, safetensors_file
+from . import checkpoint, cli, convert, gguf_file, safetensors_file
 from .config import ConvertConfig
 
 
@@ -130,6 +130,8 @@ def _warnings(model: convert.Checkpoint, config: ConvertConfig) -> list[str]:
 def _summary(console: Console, model: convert.Checkpoint, config: ConvertConfig, seconds: float) -> None:
     n = sum(math.prod(t.shape) for t in model.tensors.values())
     size = sum(t.nbytes for t in model.tensors.values())
+    if config.quantize:  # of which less was written
+        size = (Path(config.destination).expanduser() / checkpoint.WEIGHTS).stat().st_size
     rows = [
         ("source", f"{config.source}: {model.source}"),
         ("model", f"{model.config.n_layer} layers, {model.config.n_head} heads, {model.config.n_embd} wide, "
