@@ -206,6 +206,8 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
             del tensors[name]
             _quantize(model, name.removesuffix(".weight"), packed[name], quantization["group_size"], path)
     weights = _arrays(tensors, path, dtype, turned)
+    if dtype is None and "wpe.weight" in packed and not kernels.available():  # float32 would make all of it float32
+        weights["wpe.weight"] = weights["wpe.weight"].astype(_mlx_dtype(packed["wpe.weight"][1].dtype))
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
     model.eval()

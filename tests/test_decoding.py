@@ -107,13 +107,14 @@ def test_low_precision_is_computed_with_as_it_lies(backend, tmp_path, dtype, bit
     stays = bits < 16 and (bits != 3 or backend == "mlx")
     assert ("h.0.mlp.c_fc.scales" in low.named_weights()) == stays
     ids = mx.array(np.random.default_rng(0).integers(0, V, (2, T)), mx.int32)
+    assert low(ids, KVCache(2, T, 2, low.head.dtype)).dtype == (dtype if backend == "mlx" else mx.float32)
     exact = np.array(checkpoint.load_model(tmp_path)(ids))
     for T_step in (1, 6):
         cache = KVCache(2, T, 2, low.head.dtype)
         parts = [low(ids[:, at : at + T_step], cache).astype(mx.float32) for at in range(0, T, T_step)]
         error = np.abs(np.concatenate([np.array(part) for part in parts], axis=1) - exact).max() / np.abs(exact).max()
         # MLX computes in the type of the weights; the kernels in float32, but they keep keys and values in it
-        assert error < {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}[dtype]
+        assert error < {mx.float32: 1e-4, mx.float16: 6e-3, mx.bfloat16: 5e-2}[dtype]
         if backend == "kernels":
             assert error < {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 1e-2}[dtype]
 
