@@ -239,7 +239,13 @@ def test_ctrl_c_leaves_what_is_there_and_a_clean_line(directory, flags):
     words = [sys.executable, "-u", "-m", "mlxgpt.generate", "--model", str(directory), "--prompt", "abc", *flags]
     master, terminal = pty.openpty()  # the bar on standard error shows that tokens come
     words += ["--max_new_tokens", "10000000"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, text=True) as process:
+    # A shell lets what it starts in the background ignore Ctrl-C, and the tests with it.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    with process:
         assert process.stdout is not None
         head = process.stdout.read(20) if not flags else os.read(master, 1)
         time.sleep(0.5)
