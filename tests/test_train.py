@@ -1,4 +1,4 @@
-"""Training: the optimizer and schedule, the curve beside PyTorch's, and whole runs from the command line."""
+"""Training from the command line: whole runs, what they write, and how they go on."""
 
 from __future__ import annotations
 
@@ -10,31 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import mlx.core as mx
-import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import checkpoint, cli, kernels, train
-from mlxgpt.config import GPTConfig, TrainConfig
-from mlxgpt.model import GPT
-from mlxgpt.optim import AdamW, learning_rate
+from mlxgpt import checkpoint, cli, kernels, train, training
 
-TINY = GPTConfig(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=32)
 TINY_FLAGS = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_iters 6 --eval_interval 3 "
     "--eval_iters 2 --log_interval 2 --sample_tokens 8"
 ).split()
-
-
-def batches(seed: int, n: int, config: GPTConfig = TINY, size: int = 4) -> list[train.Batch]:
-    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (n, size, config.block_size + 1)).astype(np.int32)
-    return [(a[:, :-1], a[:, 1:]) for a in ids]
-
-
-def weights_of(trainer: train.Trainer) -> dict[str, np.ndarray]:
-    return {name: np.array(p) for name, p in tree_flatten(trainer.model.parameters())}
 
 
 @pytest.fixture
@@ -48,120 +32,6 @@ def command(*args: str, cwd: Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "mlxgpt.train", *args], cwd=cwd, capture_output=True, text=True, check=False, **options
     )
-
-
-def test_the_loss_curve_follows_pytorchs_for_100_steps():
-    file = golden.load("curve.npz")
-    config = TrainConfig(**golden.CURVE_SCHEDULE, **golden.CURVE_ADAMW, model=GPTConfig(**golden.CURVE_SHAPE))
-    model = GPT(config.model)
-    model.update(tree_unflatten([(n, mx.array(w)) for n, w in golden.group(file, "weight").items()]))
-    trainer = train.Trainer(model, config)
-    losses = [trainer.step([batch]).item() for batch in golden.curve_batches(file["tokens"])]
-    assert file["losses"][0] - file["losses"][-1] > 1
-    assert np.abs(np.array(losses) - file["losses"]).max() < 1e-3
-
-
-def test_the_schedule_is_nanogpts():
-    config = TrainConfig(**golden.CURVE_SCHEDULE)
-    assert [learning_rate(config, step) for step in range(100)] == pytest.approx(golden.curve_rates(), rel=1e-12)
-    assert learning_rate(TrainConfig(max_iters=100), 1000) == pytest.approx(1e-4)
-    assert learning_rate(TrainConfig(decay_lr=False, warmup_iters=4), 900) == 1e-3
-    assert learning_rate(TrainConfig(warmup_iters=0, max_iters=1), 0) == 1e-3
-
-
-def test_one_batch_is_learnt_by_heart():
-    trainer = train.Trainer(GPT(TINY), TrainConfig(learning_rate=3e-3, warmup_iters=0, max_iters=200, model=TINY))
-    (batch,) = batches(0, 1)
-    for _ in range(150):
-        loss = trainer.step([batch])
-    assert loss.item() < 0.1
-
-
-def test_only_matrices_decay():
-    config = TrainConfig(weight_decay=0.5, learning_rate=0.1, warmup_iters=0, model=TINY)
-    model = GPT(TINY)
-    before = {name: np.array(p) for name, p in tree_flatten(model.parameters())}
-    optimizer = AdamW(config)
-    zeros = tree_unflatten([(name, mx.zeros_like(p)) for name, p in tree_flatten(model.parameters())])
-    optimizer.update(model, zeros)
-    for name, p in tree_flatten(model.parameters()):
-        expected = before[name] * (0.95 if before[name].ndim == 2 else 1)
-        assert np.abs(np.array(p) - expected).max() < 1e-7, name
-
-
-def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
-    trainer = train.Trainer(GPT(TINY), TrainConfig(model=TINY))
-    seen = []
-    monkeypatch.setattr(trainer, "_update", lambda gradients: seen.append(dict(tree_flatten(gradients))))
-    parts = batches(1, 3)
-    whole = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    losses = [trainer.step(micro_batches).item() for micro_batches in (parts, [whole])]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    for name, gradient in seen[0].items():
-        assert np.abs(np.array(gradient - seen[1][name])).max() < 1e-6, name
-        assert mx.abs(gradient).max().item() > 1e-4, name
-
-
-def test_clipping_bounds_the_gradient(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
-    norms = []
-
-    def observe(gradients, limit):
-        clipped, norm = train_clip(gradients, limit)
-        squares = sum((g * g).sum() for _, g in tree_flatten(clipped))
-        norms.append((norm.item(), squares.item() ** 0.5))
-        return clipped, norm
-
-    train_clip = train.clip_grad_norm
-    monkeypatch.setattr(train, "clip_grad_norm", observe)
-    train.Trainer(GPT(TINY), TrainConfig(grad_clip=1e-3, compile=False, model=TINY)).step(batches(2, 1))
-    ((before, after),) = norms
-    assert before > 0.1
-    assert after == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_bfloat16_keeps_float32_weights_and_learns():
-    config = TrainConfig(dtype="bfloat16", learning_rate=3e-3, warmup_iters=0, model=TINY)
-    trainer = train.Trainer(GPT(TINY), config)
-    (batch,) = batches(0, 1)
-    losses = [trainer.step([batch]).item() for _ in range(30)]
-    assert losses[-1] < losses[0] - 1
-    for name, value in weights_of(trainer).items():
-        assert value.dtype == np.float32, name
-    float32 = train.Trainer(trainer.model, TrainConfig(model=TINY))
-    assert trainer.evaluate([batch]) == pytest.approx(float32.evaluate([batch]), rel=0.02)
-    assert trainer.evaluate([batch]) != float32.evaluate([batch])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_compiled_step_is_the_step(monkeypatch, dtype):
-    """What a GPU runs, here on any device: MLX compiles for the CPU too, if a C++ compiler is there."""
-    monkeypatch.setattr(kernels, "_core", None)
-    model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
-    start = GPT(model_config).parameters()
-    losses = {}
-    for compiled in (False, True):
-        model = GPT(model_config)
-        model.update(start)
-        config = TrainConfig(compile=compiled, learning_rate=1e-2, warmup_iters=2, dtype=dtype, model=model_config)
-        monkeypatch.setattr(train, "_compiles", lambda config: config.compile)
-        trainer = train.Trainer(model, config)
-        losses[compiled] = [trainer.step(batches(n, 2, model_config)).item() for n in range(6)]
-        losses[compiled].append(trainer.evaluate(batches(9, 1, model_config)))
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4 if dtype == "float32" else 2e-2)
-    assert len(set(losses[True])) == 7
-
-
-def test_compiled_dropout_draws_anew_at_each_step(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)
-    monkeypatch.setattr(train, "_compiles", lambda config: True)
-    model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
-    config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
-    trainer = train.Trainer(GPT(model_config), config)
-    (batch,) = batches(0, 1, model_config)
-    assert len({trainer.step([batch]).item() for _ in range(5)}) == 5
-    assert len({trainer.evaluate([batch]) for _ in range(3)}) == 1
 
 
 def test_a_run_writes_what_it_says(corpus, tmp_path):
@@ -199,7 +69,7 @@ def test_the_same_run_gives_the_same_numbers(corpus, tmp_path):
 
 def test_the_best_model_is_kept_when_later_ones_are_worse(corpus, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, 1.0, 2.5])
-    monkeypatch.setattr(train.Trainer, "evaluate", lambda self, batches: next(values))
+    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: next(values))
     monkeypatch.chdir(tmp_path)
     train.main(["--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--max_iters", "9"])
     best, last = (checkpoint.load_model(tmp_path / "run" / name) for name in ("best", "last"))
@@ -210,7 +80,7 @@ def test_the_best_model_is_kept_when_later_ones_are_worse(corpus, tmp_path, monk
 
 def test_a_model_that_has_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, float("nan")])
-    monkeypatch.setattr(train.Trainer, "evaluate", lambda self, batches: next(values))
+    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: next(values))
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--log_interval", "100"]
     with pytest.raises(ValueError, match=r"the loss is nan at step 6.* \(the model of step 3 is kept\)"):
@@ -343,7 +213,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(corpus, half, tmp_path, m
 
 def test_a_best_model_outlives_a_resumption_that_finds_no_better(half, monkeypatch):
     best = files(half / "best")
-    monkeypatch.setattr(train.Trainer, "evaluate", lambda self, batches: 50.0)
+    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: 50.0)
     main("--resume", "half/last", "--max_iters", "9")
     assert files(half / "best") == best
     record = json.loads((half / "last" / "training.json").read_text())
@@ -379,32 +249,6 @@ def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
     tokenizers = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("half/last", "cropped/last")]
     assert tokenizers[0] == tokenizers[1]
     assert 'init_from = "half"' in (tmp_path / "cropped" / "settings.toml").read_text()
-
-
-@pytest.mark.parametrize("restored_after", [0, 2])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_steps_go_on_from_a_restored_state(monkeypatch, compiled, restored_after):
-    """Compiled as on a GPU, and in place on the CPU's kernels, where they are."""
-    if compiled:
-        monkeypatch.setattr(kernels, "_core", None)
-        monkeypatch.setattr(train, "_compiles", lambda config: True)
-    model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
-    config = TrainConfig(learning_rate=1e-2, warmup_iters=2, model=model_config)
-    some = batches(5, 8, model_config)
-    trainer, other = (train.Trainer(GPT(model_config), config) for _ in range(2))
-    for batch in some[:4]:
-        trainer.step([batch])
-    for batch in some[:restored_after]:
-        other.step([batch])
-    weights, averages = (  # copied, since the trainer updates its own in place
-        {name: mx.array(np.array(a)) for name, a in arrays.items()}
-        for arrays in (trainer.model.named_weights(), trainer.optimizer.averages(trainer.model))
-    )
-    other.model.update(tree_unflatten(list(weights.items())))
-    other.optimizer.restore(other.model, 4, averages)
-    other.steps = 4
-    losses = [[t.step([batch]).item() for batch in some[4:]] for t in (trainer, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
