@@ -125,6 +125,23 @@ class TrainConfig:
     """steps between lines of the log"""
     sample_tokens: int = 200
     """length of the sample shown at each evaluation; 0 shows none"""
+    save_interval: int | None = None
+    """steps between checkpoints; None is eval_interval"""
+    keep_last: int = 2
+    """checkpoints that are kept beside the best one"""
+    max_skipped: int = 10
+    """steps in a row with a loss or gradient that is not finite, each skipped, after which the run stops"""
+    spike_threshold: float = 6.0
+    """standard deviations above the running mean from which on a loss is logged as a spike; 0 looks for none"""
+
+    freeze: str = ""
+    """parameters not to train, by their names or how those begin, separated by commas: wte,wpe,h.0"""
+    lora_rank: int = 0
+    """above 0, weights stay as they are, and a correction of this rank to some of them is trained"""
+    lora_alpha: float | None = None
+    """the correction is scaled by lora_alpha / lora_rank; None is 2 lora_rank"""
+    lora_targets: str = "attn.c_attn,attn.c_proj"
+    """the linear layers that are corrected, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"""
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes the GPU where MLX has one"""
@@ -132,15 +149,27 @@ class TrainConfig:
     """bfloat16 computes in bfloat16 and keeps float32 master weights"""
     compile: bool = True
     """compile the training step with mx.compile (GPU only)"""
+    grad_checkpoint: bool = False
+    """keep only the input of each block for the backward pass, and compute the rest again there: less memory, a
+    quarter more time"""
     seed: int = 1337
     """of the initial weights, the batches, dropout and the samples"""
+
+    tensorboard: bool = False
+    """write out_dir/tensorboard too (pip install 'mlxgpt[tensorboard]')"""
+    wandb: str = ""
+    """a project of Weights & Biases to log to as well (pip install 'mlxgpt[wandb]')"""
 
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "batch_size", "gradient_accumulation_steps", "max_iters")
         _require_at_least(1, self, "eval_interval", "eval_iters", "log_interval")
+        _require_at_least(1, self, "keep_last", "max_skipped")
         _require_at_least(0, self, "warmup_iters", "weight_decay", "grad_clip", "sample_tokens")
+        _require_at_least(0, self, "spike_threshold", "lora_rank")
+        if self.save_interval is not None:
+            _require_at_least(1, self, "save_interval")
         _require_seed(self.seed)
         _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a finite number above 0")
         if self.min_lr is not None:
