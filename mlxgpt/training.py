@@ -62,34 +62,51 @@ class Trainer:
         self._in_place = kernels.available(compute)
         self._gradients: list[mx.array] = []
 
-    def step(self, batches: Sequence[Batch]) -> mx.array:
-        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar."""
+    def step(self, batches: Sequence[Batch], first: int = 0, apart: int = 1) -> mx.array:
+        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar.
+
+        They are the step's micro-batches first, first + apart, ...: that and the step's number say which dropout
+        masks they have, so that a run may be broken off and divided among ranks.
+        """
         if not self.model.training:
             self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
+        numbers = [first + n * apart for n in range(len(batches))]
         self.steps += 1
         if self._in_place:
-            return self._step_in_place(batches)
-        (x, y), *others = batches
-        loss, gradients = self._gradient(mx.array(x), mx.array(y))
-        for x, y in others:
+            return self._step_in_place(batches, numbers)
+        loss, gradients = self._gradient_of(batches[0], numbers[0])
+        for batch, number in zip(batches[1:], numbers[1:], strict=True):
             mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
             sums = loss, gradients
-            loss, gradients = tree_map(mx.add, sums, self._gradient(mx.array(x), mx.array(y)))
-        if others:
+            loss, gradients = tree_map(mx.add, sums, self._gradient_of(batch, number))
+        if len(batches) > 1:
             loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
         self._update(gradients)
         mx.async_eval(loss, self.model.state, self.optimizer.state)
         return loss
 
-    def _step_in_place(self, batches: Sequence[Batch]) -> mx.array:
+    def _gradient_of(self, batch: Batch, number: int) -> tuple[mx.array, dict[str, Any]]:
+        self._begin(number)
+        return self._gradient(*map(mx.array, batch))
+
+    def _begin(self, number: int) -> None:
+        """Puts MLX's generator, which dropout masks are drawn from, where the step and the micro-batch say."""
+        if self.model.config.dropout:
+            place = self.config.seed, self.steps, number
+            mx.random.seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
+    def _step_in_place(self, batches: Sequence[Batch], numbers: Sequence[int]) -> mx.array:
         """The same on the CPU's kernels, in memory that is kept from step to step."""
         weights = self.optimizer.own_weights(self.model)
         if not self._gradients:
             self._gradients = [mx.zeros(w.shape) for w in weights]
         kernels.zero(self._gradients)
         add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
-        losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
+        losses = []
+        for (x, y), number in zip(batches, numbers, strict=True):
+            self._begin(number)
+            losses.append(add(mx.array(x), mx.array(y)).item())
         self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
         return mx.array(sum(losses) / len(losses))
 

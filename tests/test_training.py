@@ -163,3 +163,28 @@ def test_steps_go_on_from_a_restored_state(monkeypatch, compiled, restored_after
     other.steps = 4
     losses = [[t.step([batch]).item() for batch in some[4:]] for t in (trainer, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["kernels", "eager", "compiled"])
+def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(monkeypatch, how):
+    """Whatever was drawn before, and whoever computes them."""
+    if how != "kernels":
+        monkeypatch.setattr(kernels, "_core", None)
+        monkeypatch.setattr(training, "_compiles", lambda config: how == "compiled")
+    model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
+    start, parts = GPT(model_config).parameters(), batches(0, 4, model_config)
+
+    def loss(some: list[training.Batch], **share: int) -> float:
+        model = GPT(model_config)
+        model.update(start)
+        trainer = training.Trainer(model, config)
+        trainer.steps = 7
+        mx.random.uniform()
+        return trainer.step(some, **share).item()
+
+    whole = loss(parts)
+    assert whole == loss(parts)
+    halves = loss(parts[::2], first=0, apart=2), loss(parts[1::2], first=1, apart=2)
+    assert sum(halves) / 2 == pytest.approx(whole, rel=1e-6)
+    assert loss(parts[:1]) != loss(parts[:1], first=1)
