@@ -3,169 +3,233 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 from rich.console import Console
 
-from . import checkpoint, cli, data, kernels, ops, report, tokenizer
-from .config import GPTConfig, TrainConfig, settings
+from . import checkpoint, cli, data, dataset, device, distributed, kernels, loggers, ops, plot, report, start
+from . import training_state
+from .config import TrainConfig, settings
 from .decoding import Decoder
 from .model import GPT
 from .optim import learning_rate
 from .sampling import Sampler
-from .training import Trainer
+from .tokenizer import Tokenizer, decode, kind_of
+from .training import Batch, Trainer
 
 
 class Run:
-    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the models best/ and last/."""
+    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, checkpoints, and the links `best` and
+    `last` to two of them. Of several ranks only the first writes and speaks.
 
-    def __init__(self, config: TrainConfig, console: Console, vocab_given: bool) -> None:
-        self.config, self.console = config, console
-        device = ops.use_device(config.device)
-        corpus = data.load_corpus(config.data)
-        source = _source(vars(config))
-        self.tokenizer = tokenizer.load(source) if source else _tokenizer(config, corpus)
-        model_config = config.model
-        if not vocab_given:
-            model_config = dataclasses.replace(model_config, vocab_size=self.tokenizer.vocab_size)
-        elif model_config.vocab_size < self.tokenizer.vocab_size:
-            least = f"at least the tokenizer's {self.tokenizer.vocab_size}"
-            raise ValueError(f"vocab_size is {model_config.vocab_size}, expected {least}")
-        record = checkpoint.load_training_record(source) if source and config.resume else None
-        self.first_step = record["step"] if record else 0  # of optimizer steps taken before this run
-        if self.first_step >= config.max_iters:
-            raise ValueError(f"max_iters is {config.max_iters}, but {source} has done {self.first_step} steps already")
-        mx.random.seed(config.seed + self.first_step)
-        self.model = GPT(model_config)  # lazy: no memory is taken yet
+    Whatever is drawn at random follows from the seed and a number: of the step, the window, the micro-batch. So a run
+    that goes on from a checkpoint is the run that was never broken off.
+    """
+
+    def __init__(
+        self, config: TrainConfig, console: Console, group: distributed.Group, begin: start.Start | None, given: set[str]
+    ) -> None:
+        """Checks and loads everything, and only then writes. `given` are the settings that somebody has chosen."""
+        self.console, self.group = console, group
+        where = ops.use_device(config.device)
+        self.data = dataset.load(config, "tokenizer" in given, *((begin.tokenizer, begin.path) if begin else ()))
+        self.tokenizer = self.data.tokenizer
+        self.config = config = _of_the_tokenizer(config, self.tokenizer, "vocab_size" in given)
+        self.first_step = begin.step if begin else 0  # of optimizer steps taken before
+        before = begin.progress if begin else {}
+        if begin:
+            begin.require_fit(config, self.data)
+        mx.random.seed(config.seed)
+        self.model = GPT(config.model)  # lazy: no memory is taken yet
         _check_memory(self.model)
-        if source:
-            _require_same_shape(config, checkpoint.load_config(source), self.tokenizer, source)
-        try:
-            train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
-        except ValueError as error:
-            raise ValueError(f"data: {corpus.name} does not fit the tokenizer of {source}: {error}") from None
-        shape = (model_config.block_size, config.batch_size)
-        self.batches = data.Batches(train, *shape, config.seed, "training")
-        validation = data.Batches(val, *shape, config.seed + 1, "validation")
-        self.val_batches = [validation.draw(n) for n in range(config.eval_iters)]
+        self._share = distributed.share(config.batch_size, config.gradient_accumulation_steps, group.rank, group.size)
+        self._windows_per_step = config.batch_size * config.gradient_accumulation_steps  # of all ranks
+        self._windows_before = before.get("windows", self.first_step * self._windows_per_step)
+        self.batches = self._windows_of(self.data.train, config.seed, "training")
+        validation = self._windows_of(self.data.val, config.seed + 1, "validation")
+        self.val_batches = [validation.draw(n * config.batch_size, config.batch_size) for n in range(config.eval_iters)]
 
-        if source:
-            _put_weights(self.model, checkpoint.load_model(source))
-        self.trainer = Trainer(self.model, config)
-        if source and record:
-            checkpoint.load_training_state(source, self.model, self.trainer.optimizer)
+        if begin:
+            begin.put_weights(self.model)
+        self.trainer = Trainer(self.model, config, group)
+        if begin and begin.record:
+            training_state.load_training_state(begin.path, self.model, self.trainer.optimizer)
             self.trainer.steps = self.first_step
-        home = _run_of(source, config) if source and record else None
-        self.out_dir = home or _make_out_dir(config)
-        self.metrics = report.Metrics(self.out_dir / "metrics.jsonl", after=self.first_step if home else None)
-        self.best, self.best_step = math.inf, 0
-        if record and (self.out_dir / "best").is_dir() and record["best_val_loss"] is not None:
-            self.best = record["best_val_loss"]  # that model's
-            steps, losses = self.metrics.curve("val_loss")
-            self.best_step = dict(zip(losses, steps, strict=True)).get(self.best, 0)
-        checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
-        self._introduce(corpus, len(train), len(val), source, device)
+        group.agree({**_all_settings(config), "the data's SHA-256": self.data.fingerprint, "step": self.first_step})
 
-    def _introduce(self, corpus: data.Corpus, n_train: int, n_val: int, source: Path | None, device: mx.Device) -> None:
-        files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
-        stdlib = self.config.data == "stdlib"
-        skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and not stdlib else ""
-        how = "the C++ kernels" if kernels.available() else "MLX alone"
-        device_name = "GPU" if device.type == mx.gpu else f"CPU with {how}"
-        done = f", after {self.first_step} steps" if self.first_step else ""
-        shape = self.model.config
-        lines = [
-            f"data: {corpus.name}, {files}{skipped}; {n_train:,} training and {n_val:,} validation tokens",
+        self.losses: list[float] = before.get("losses", [])  # since the last line of the log
+        self.tokens, self.seconds = before.get("tokens", 0), before.get("seconds", 0.0)
+        self.spikes = report.Spikes(config.spike_threshold, before.get("spikes"))
+        self.skipped_in_row = 0
+        self._pending: list[tuple[int, Any, Any]] = []  # steps, their losses and norms, that nobody has looked at yet
+        home = begin.home(config) if begin else None
+        self.is_new = home is None
+        self.out_dir = home or _make_out_dir(config, group)
+        self.best, self.best_step = math.inf, 0
+        if begin and begin.record and (self.out_dir / "best").is_dir():
+            self.best, self.best_step = begin.record["best_val_loss"] or math.inf, before.get("best_step", 0)
+        self._introduce(begin, where)
+
+    def _windows_of(self, shards: Sequence[Any], seed: int, name: str) -> data.Batches:
+        return data.Batches(shards, self.config.model.block_size, seed, name, self.config.model.vocab_size)
+
+    def _introduce(self, begin: start.Start | None, where: mx.Device) -> None:
+        """Writes the run's first files, and says what it is."""
+        config, shape, writes = self.config, self.config.model, self.group.rank == 0
+        after = None if self.is_new else self.first_step
+        others = loggers.start(config, self.out_dir, after, _all_settings(config), self._say) if writes else []
+        self.metrics = report.Metrics(self.out_dir / "metrics.jsonl" if writes else None, after, others)
+        self.checkpoints = training_state.Checkpoints(self.out_dir, config.keep_last) if writes else None
+        if writes:
+            checkpoint.write_file(self.out_dir / "settings.toml", _toml(config))
+        n_train, n_val = self.data.sizes()
+        how = "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
+        ranks = f", {self.group.size} ranks" if self.group.size > 1 else ""
+        self._say(f"data: {self.data.name}, {self.data.what}; {n_train:,} training and {n_val:,} validation tokens")
+        self._say(
             f"model: {self.model.n_params():,} parameters; {shape.n_layer} layers, {shape.n_head} heads of "
-            f"{shape.head_dim}, {shape.n_embd} wide, {shape.block_size} positions, {shape.vocab_size} token ids",
-            *([f"weights: from {source}{done}"] if source else []),
-            f"device: {device_name}, {self.config.dtype}; writing to {self.out_dir}",
-        ]
-        for line in lines:
-            report.say(self.console, line)
+            f"{shape.head_dim}, {shape.n_embd} wide, {shape.block_size} positions, {shape.vocab_size} token ids"
+        )
+        for line in begin.introduction(config) if begin else []:
+            self._say(line)
+        self._say(f"device: {how}, {config.dtype}{ranks}; writing to {self.out_dir}")
+
+    def _say(self, text: str, style: str = "") -> None:
+        report.say(self.console, text, style)
 
     def train(self) -> None:
         """All steps, with an evaluation before the first, every eval_interval and after the last.
 
-        Ctrl-C finishes the step, evaluates, saves and ends as the last step would.
+        Ctrl-C or SIGTERM finishes the step, saves, and ends.
         """
-        config = self.config
-        interrupted = _Interrupt()
-        tokens_per_step = config.gradient_accumulation_steps * config.batch_size * self.model.config.block_size
-        losses: list[mx.array] = []
-        first, micro_batches = self.first_step, config.gradient_accumulation_steps
-        if first not in self.metrics.curve("val_loss")[0]:
-            self._evaluate()
-        with report.Progress(self.console, first, config.max_iters, tokens_per_step) as progress, interrupted:
-            for step in range(first + 1, config.max_iters + 1):
-                batches = [self.batches.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
-                lr = learning_rate(config, step - 1)
-                losses.append(self.trainer.step(batches))
-                last = step == config.max_iters or interrupted.asked
-                if step % config.log_interval == 0 or step == first + 1 or last:
-                    loss = self._finite(float(mx.stack(losses).mean()))
-                    speed = progress.log(step, loss, lr)
-                    self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
-                    losses = []
-                if step % config.eval_interval == 0 or last:
+        config, interrupted = self.config, _Interrupt()
+        save_interval = config.save_interval or config.eval_interval
+        draw = data.Ahead(self._micro_batches)
+        progress = report.Progress(
+            self.console, self.first_step, config.max_iters, self._windows_per_step * config.model.block_size,
+            eval_interval=config.eval_interval, flops_per_token=device.training_flops(config.model),
+            peak_flops=device.peak_flops(config.dtype) * self.group.size, tokens=self.tokens, seconds=self.seconds,
+        )  # fmt: skip
+        with interrupted, progress:
+            if self.is_new:
+                with progress.paused():
+                    self._evaluate()
+            for step in range(self.first_step + 1, config.max_iters + 1):
+                loss, norm = self.trainer.step(draw(step))
+                self._pending.append((step, loss, norm))
+                stop, done = self.group.any(interrupted.asked), step == config.max_iters
+                evaluates = step % config.eval_interval == 0 or done
+                saves = step % save_interval == 0 or evaluates or stop
+                logs = step % config.log_interval == 0 or step == 1 or done
+                self._look(all_of_them=logs or saves)
+                if logs:
+                    self._log(progress, step)
+                if saves:
                     with progress.paused():
-                        self._evaluate()
-                if last:
+                        best = evaluates and self._evaluate()
+                        # Not weights of which the last loss was not finite, unless there is no later time for it.
+                        if not self.skipped_in_row or done or stop:
+                            self._save(best, progress)
+                if stop:
                     break
-        self._summary()
+        self._end()
 
-    def _evaluate(self) -> None:
-        """The validation loss; after the first step also a sample, the curve, and the model saved as best
-        if it is, and as last with all that training goes on from."""
-        loss, step = self._finite(self.trainer.evaluate(self.val_batches)), self.trainer.steps
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This rank's share of a step's windows."""
+        before = self._windows_before + (step - 1 - self.first_step) * self._windows_per_step
+        return [self.batches.draw(before + windows.start, len(windows)) for windows in self._share]
+
+    def _look(self, all_of_them: bool) -> None:
+        """At the losses of steps taken: of all, or of all but the newest, which a GPU may still be computing.
+
+        ValueError when too many in a row were skipped.
+        """
+        while len(self._pending) > (0 if all_of_them else 1):
+            step, *values = self._pending.pop(0)
+            loss, norm = map(float, values)
+            self.grad_norm = norm
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.losses.append(loss)
+                self.skipped_in_row = 0
+                if (above := self.spikes.seen(loss)) is not None:
+                    self.metrics.add(step=step, event="spike", loss_at_spike=loss, deviations=above)
+                    self._say(f"step {step}: the loss jumps to {loss:.4f}, {above:.1f} standard deviations", "yellow")
+                continue
+            self.skipped_in_row += 1
+            self.metrics.add(step=step, event="skipped", in_row=self.skipped_in_row)
+            self._say(f"step {step} is skipped: loss {loss}, norm of the gradient {norm}", "yellow")
+            if self.skipped_in_row >= self.config.max_skipped:
+                self._diverged(f"{self.skipped_in_row} steps in a row, to step {step}, had no finite loss and gradient")
+
+    def _log(self, progress: report.Progress, step: int) -> None:
+        if self.losses:  # not all were skipped
+            loss, lr = sum(self.losses) / len(self.losses), learning_rate(self.config, step - 1)
+            self.metrics.add(step=step, loss=loss, lr=lr, grad_norm=self.grad_norm, **progress.log(step, loss, lr))
+            self.losses = []
+
+    def _evaluate(self) -> bool:
+        """The validation loss, and after the first step a sample -> whether it is the lowest loss so far."""
+        loss, step = self.trainer.evaluate(self.val_batches), self.trainer.steps
+        if not math.isfinite(loss):
+            self._diverged(f"the validation loss is {loss} at step {step}")
         self.metrics.add(step=step, val_loss=loss)
         best = step > self.first_step and loss < self.best
-        report.say(self.console, f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
-        if step == self.first_step:
-            return
+        self._say(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
         if best:
-            checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
             self.best, self.best_step = loss, step
-        state = checkpoint.TrainingState(self.trainer.optimizer, step, self.best, _settings_of_run(self.config))
-        checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer, state)
-        report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
-        if self.config.sample_tokens:
-            report.say(self.console, _indented(self.sample()), "dim")
+        if step > self.first_step and self.config.sample_tokens and self.group.rank == 0:
+            self._say(_indented(self.sample()), "dim")
+        return best
 
-    def _finite(self, loss: float) -> float:
-        """A loss, before anything is written of a model that has one. ValueError for one that is not finite."""
-        if not math.isfinite(loss):
-            kept = f" (the model of step {self.best_step} is kept)" if self.best_step else ""
-            raise ValueError(
-                f"the loss is {loss} at step {self.trainer.steps}: training has diverged; "
-                f"try a learning_rate below {self.config.learning_rate}{kept}"
-            )
-        return loss
+    def _save(self, best: bool, progress: report.Progress) -> None:
+        """A checkpoint, written while training goes on, and the curves. OSError if an earlier one couldn't be."""
+        if self.checkpoints is None:
+            return
+        done = self.trainer.steps - self.first_step
+        state = training_state.TrainingState(
+            self.trainer.optimizer, self.trainer.steps, self.best if self.best_step else None,
+            start.kept_settings(self.config),
+            progress={
+                "data": self.data.fingerprint, "windows": self._windows_before + done * self._windows_per_step,
+                "best_step": self.best_step, "losses": self.losses, "spikes": self.spikes.state,
+                **progress.totals(self.trainer.steps),
+            },
+        )  # fmt: skip
+        self.checkpoints.save(self.model, self.tokenizer, state, best)
+        if self.metrics.best():
+            plot.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
+
+    def _diverged(self, what: str) -> None:
+        """ValueError, when the checkpoint that is being written is on the disk."""
+        if self.checkpoints:
+            self.checkpoints.wait()
+        last = self.out_dir / "last"
+        kept = f"; the last good checkpoint is {last.resolve().name}" if last.exists() else ""
+        raise ValueError(f"{what}: training has diverged; try a learning_rate below {self.config.learning_rate}{kept}")
 
     def sample(self) -> str:
         """Text from the model as it is, from an empty prompt; the same seed each time."""
         sampler = Sampler(temperature=0.8, seed=self.config.seed)
         steps = Decoder(self.model, [[self.tokenizer.start]], sampler, vocab_size=self.tokenizer.vocab_size)
         tokens = [int(step.tokens[0]) for step in itertools.islice(steps, self.config.sample_tokens)]
-        return tokenizer.decode(self.tokenizer, tokens)
+        return decode(self.tokenizer, tokens)
 
-    def _summary(self) -> None:
-        print(report.terminal_curve(self.metrics, self.console))
-        what = "done" if self.trainer.steps == self.config.max_iters else "stopped"
-        best = f"best validation loss {self.best:.4f} at step {self.best_step}"
-        report.say(self.console, f"{what} after {self.trainer.steps} steps; {best}", "bold")
-        report.say(self.console, f"loss curve: {self.out_dir / 'loss.png'}")
-        report.say(self.console, f"sample more: python -m mlxgpt.generate --model {self.out_dir / 'best'}")
+    def _end(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.wait()
+        self.metrics.close()
+        if self.group.rank == 0:
+            print(plot.terminal_curve(self.metrics, self.console))
+            self._say(report.summary(self.metrics, self.trainer.steps, self.config.max_iters, self.out_dir))
 
 
 class _Interrupt:
@@ -187,6 +251,17 @@ class _Interrupt:
         self.asked = True
 
 
+def _of_the_tokenizer(config: TrainConfig, tokenizer: Tokenizer, vocab_given: bool) -> TrainConfig:
+    """The settings with the tokenizer's name and, unless it was given, its number of ids."""
+    shape = config.model
+    if not vocab_given:
+        shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
+    elif shape.vocab_size < tokenizer.vocab_size:
+        least = f"at least the tokenizer's {tokenizer.vocab_size}"
+        raise ValueError(f"vocab_size is {shape.vocab_size}, expected {least}")
+    return dataclasses.replace(config, tokenizer=kind_of(tokenizer), model=shape)
+
+
 def _check_memory(model: GPT) -> None:
     """MemoryError for a model that can't be trained here. (A GPU's own allocator says so; MLX on a CPU crashes.)"""
     if mx.default_device().type == mx.gpu:
@@ -200,107 +275,51 @@ def _check_memory(model: GPT) -> None:
         )
 
 
-def _tokenizer(config: TrainConfig, corpus: data.Corpus) -> tokenizer.Tokenizer:
-    if config.tokenizer == "gpt2":
-        return tokenizer.BPETokenizer.gpt2()
-    return tokenizer.CharTokenizer.of(*corpus.train, *corpus.val)
-
-
-def _source(given: Mapping[str, Any]) -> Path | None:
-    """The model directory that a run starts from or goes on with. FileNotFoundError."""
-    if given.get("resume"):
-        return checkpoint.find_training_state(Path(str(given["resume"])).expanduser())
-    if given.get("init_from"):
-        return checkpoint.find_model(Path(str(given["init_from"])).expanduser(), "init_from")
-    return None
-
-
-def _inherited(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that come with the model that a run starts from or goes on with."""
-    if given.get("init_from") and given.get("resume"):
-        raise cli.UsageError("init_from and resume are both given, expected one of them")
-    if (source := _source(given)) is None:
-        return {}
-    values = {**vars(checkpoint.load_config(source)), "tokenizer": _kind(tokenizer.load(source))}
-    if given.get("resume"):
-        record = checkpoint.load_training_record(source)
-        values = {**{n: record[n] for n in ("beta1", "beta2", "weight_decay")}, **record["settings"], **values}
-    return values
-
-
-def _kind(text: tokenizer.Tokenizer) -> str:
-    return "gpt2" if isinstance(text, tokenizer.BPETokenizer) else "char"
-
-
-def _require_same_shape(config: TrainConfig, theirs: GPTConfig, text: tokenizer.Tokenizer, source: Path) -> None:
-    """ValueError for a setting that contradicts the model: all but dropout, and fewer positions for a fresh start."""
-    ours = {**vars(config.model), "tokenizer": config.tokenizer}
-    for name, value in {**vars(theirs), "tokenizer": _kind(text)}.items():
-        crop = name == "block_size" and ours[name] < value and not config.resume
-        if ours[name] != value and name != "dropout" and not crop:
-            raise ValueError(f"{name} is {ours[name]}, but {value} in the model of {source}")
-
-
-def _put_weights(model: GPT, other: GPT) -> None:
-    """Another's weights, of as many positions as the model has."""
-    weights = other.named_weights()
-    weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
-    model.update(tree_unflatten(list(weights.items())))
-
-
-def _run_of(source: Path, config: TrainConfig) -> Path | None:
-    """The directory of the run whose last model it is, to go on writing there, unless out_dir names another."""
-    run = source.resolve().parent
-    if source.resolve().name != "last" or not (run / "metrics.jsonl").exists():
-        return None
-    return source.parent if not config.out_dir or Path(config.out_dir).expanduser().resolve() == run else None
-
-
-def _settings_of_run(config: TrainConfig) -> dict[str, Any]:
-    """What a run that goes on needs to know; the model's shape lies with the model."""
-    left_out = {"model", "config", "out_dir", "overwrite", "init_from", "resume"}
-    return {name: value for name, value in vars(config).items() if name not in left_out}
-
-
-def _make_out_dir(config: TrainConfig) -> Path:
-    """The run's directory, made. ValueError if it holds a run that may not be overwritten."""
+def _make_out_dir(config: TrainConfig, group: distributed.Group) -> Path:
+    """The run's directory, made by the first rank. ValueError if it holds a run that may not be overwritten."""
     if config.out_dir:
         path = Path(config.out_dir).expanduser()
-        if (path / "metrics.jsonl").exists() or (path / "config.json").exists():
+        if group.rank == 0 and ((path / "metrics.jsonl").exists() or (path / "config.json").exists()):
             if not config.overwrite:
                 raise ValueError(f"out_dir: {path} already holds a run; give another, or --overwrite")
-            for model in ("best", "last"):
-                shutil.rmtree(path / model, ignore_errors=True)
+            training_state.clear(path)
     else:
         names = (f"runs/{config.preset}{n}" for n in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
         path = next(Path(name) for name in names if not Path(name).exists())
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if group.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"out_dir: {path} can't be made: {error.strerror}") from None
     return path
 
 
+def _all_settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting of a run by its flat name, but where it is written and what it began from."""
+    values = {**vars(config), **vars(config.model)}
+    return {name: values[name] for name in settings(TrainConfig) if name not in ("config", "resume")}
+
+
 def _toml(config: TrainConfig) -> bytes:
     """Every setting of a run: `--config` on this file repeats it."""
-    values = {**vars(config), **vars(config.model)}
-    names = [n for n in settings(TrainConfig) if values[n] is not None and n not in ("config", "resume")]
-    lines = (f"{n} = {json.dumps(values[n])}" for n in names)
-    return ("\n".join(lines) + "\n").encode()
+    values = {name: value for name, value in _all_settings(config).items() if value is not None}
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()).encode()
 
 
 def _indented(text: str) -> str:
-    printable = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     return "\n".join(f"  | {line}" for line in printable.split("\n"))
 
 
 def main(args: Sequence[str]) -> None:
-    on_gpu = cli.given(TrainConfig, args).get("device") != "cpu" and mx.is_available(mx.gpu)
-    fallback = "shakespeare-char" if on_gpu else "cpu"
-    default, preset_names = cli.with_defaults(TrainConfig, args, fallback, _inherited)
-    config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
-    vocab_given = "vocab_size" in preset_names | set(cli.given(TrainConfig, args))
-    Run(config, Console(), vocab_given).train()
+    with distributed.start() as group:
+        on_gpu = cli.given(TrainConfig, args).get("device") != "cpu" and mx.is_available(mx.gpu)
+        begin = start.Begin()
+        default, names = cli.with_defaults(TrainConfig, args, "shakespeare-char" if on_gpu else "cpu", begin.settings)
+        config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
+        loggers.require(config)
+        console = Console() if group.rank == 0 else Console(file=io.StringIO())
+        Run(config, console, group, begin.start, names | set(cli.given(TrainConfig, args))).train()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""Where a run begins: anew, from the weights of a model (--init_from), or where a run left off (--resume)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_unflatten
+
+from . import checkpoint, cli, tokenizer, training_state
+from .config import GPTConfig, TrainConfig
+from .dataset import Dataset
+from .model import GPT
+
+# Without these a run that goes on would not be the same run.
+_FIXED = ("seed", "freeze", "lora_rank", "lora_alpha", "lora_targets")
+# Of how a run goes these say nothing: the model's shape lies with the model, and data has its checksum.
+_NOT_KEPT = ("model", "config", "resume", "init_from", "out_dir", "overwrite")
+_NOT_TOLD = ("preset", "data")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to start from, or a checkpoint to go on with."""
+
+    path: Path
+    shape: GPTConfig
+    tokenizer: tokenizer.Tokenizer
+    record: Mapping[str, Any] | None = None  # what training.json says of a checkpoint that the run goes on with
+    damaged: tuple[str, ...] = ()  # newer checkpoints that were passed over, and why
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before."""
+        return self.record["step"] if self.record else 0
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the run wrote down for itself; the converter's checkpoints have nothing."""
+        return dict(self.record.get("progress") or {}) if self.record else {}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that come with it, of TrainConfig and GPTConfig."""
+        values = {**vars(self.shape), "tokenizer": tokenizer.kind_of(self.tokenizer)}
+        if self.record is None:
+            return values
+        adamw = {name: self.record[name] for name in ("beta1", "beta2", "weight_decay")}
+        return {**adamw, **self.record["settings"], **values}
+
+    def require_fit(self, config: TrainConfig, data: Dataset) -> None:
+        """ValueError for what contradicts the model or the run: all of the model's shape but dropout, and fewer
+        positions for a fresh start; other data, another seed."""
+        now = {**vars(config), **vars(config.model)}
+        for name, value in {**vars(self.shape), "tokenizer": tokenizer.kind_of(self.tokenizer)}.items():
+            crop = name == "block_size" and now[name] < value and self.record is None
+            if now[name] != value and name != "dropout" and not crop:
+                raise ValueError(f"{name} is {now[name]}, but {value} in the model of {self.path}")
+        if self.record is None:
+            return
+        if self.step >= config.max_iters:
+            raise ValueError(f"max_iters is {config.max_iters}, but {self.path} has done {self.step} steps already")
+        for name in _FIXED:
+            if (value := self.record["settings"].get(name, now[name])) != now[name]:
+                raise ValueError(f"{name} is {now[name]}, but {value} in {self.path}, and a run can't change it")
+        if self.progress.get("data", data.fingerprint) != data.fingerprint:
+            raise ValueError(
+                f"data: {data.name} is not what {self.path} was trained on; --init_from starts from its weights afresh"
+            )
+
+    def introduction(self, config: TrainConfig) -> list[str]:
+        """Lines for a person: where the weights come from, and what is another setting now."""
+        lines = [f"passed over: {line}" for line in self.damaged]
+        if self.record is None:
+            return [*lines, f"weights: from {self.path}"]
+        before = {**self.record["settings"], "dropout": self.shape.dropout}
+        now = {**vars(config), **vars(config.model)}
+        lines.append(f"weights: from {self.path}, after {self.step} steps")
+        for name, value in before.items():
+            if name not in _NOT_TOLD and now.get(name, value) != value:
+                lines.append(f"changed: {name} from {value} to {now[name]}")
+        return lines
+
+    def put_weights(self, model: GPT) -> None:
+        """Its weights into a model, of as many positions as that has."""
+        weights = checkpoint.load_model(self.path).named_weights()
+        weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+        model.update(tree_unflatten(list(weights.items())))
+
+    def home(self, config: TrainConfig) -> Path | None:
+        """The directory of the run that goes on, to write there again, unless out_dir names another.
+
+        ValueError where the run has gone on from this checkpoint already.
+        """
+        run = training_state.run_of(self.path) if self.record else None
+        if run is None or not (run / "metrics.jsonl").exists():
+            return None
+        if config.out_dir and Path(config.out_dir).expanduser().resolve() != run.resolve():
+            return None
+        newest, damaged = training_state.find(run)
+        if newest.resolve() != self.path.resolve() and not config.overwrite:
+            raise ValueError(
+                f"resume: {run} has gone on from {self.path.name} to {newest.name}; give another --out_dir, "
+                "or --overwrite to drop what came after"
+            )
+        return run
+
+
+def kept_settings(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint keeps of a run's settings."""
+    return {name: value for name, value in vars(config).items() if name not in _NOT_KEPT}
+
+
+class Begin:
+    """What the settings that are given say to begin from, once they are known."""
+
+    start: Start | None = None
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Finds it -> the settings that come with it. FileNotFoundError, ValueError, cli.UsageError."""
+        if given.get("init_from") and given.get("resume"):
+            raise cli.UsageError("init_from and resume are both given, expected one of them")
+        if given.get("resume"):
+            path, damaged = training_state.find(Path(str(given["resume"])).expanduser())
+            record = training_state.load_training_record(path)
+            self.start = Start(path, checkpoint.load_config(path), tokenizer.load(path), record, tuple(damaged))
+        elif given.get("init_from"):
+            path = checkpoint.find_model(Path(str(given["init_from"])).expanduser(), "init_from")
+            self.start = Start(path, checkpoint.load_config(path), tokenizer.load(path))
+        return self.start.settings() if self.start else {}
+
+
+def begun_without_checkpoint(resume: str) -> Path | None:
+    """A run that ended before its first checkpoint: it has its settings, and begins anew."""
+    run = Path(resume).expanduser()
+    there = (run / "settings.toml").is_file() and (run / "metrics.jsonl").is_file()
+    return run if there and not any((run / name).exists() for name in ("checkpoints", "last")) else None
