@@ -54,10 +54,11 @@ class Run:
             train, val = (data.encode(self.tokenizer, documents) for documents in (corpus.train, corpus.val))
         except ValueError as error:
             raise ValueError(f"data: {corpus.name} does not fit the tokenizer of {source}: {error}") from None
-        shape = (model_config.block_size, config.batch_size)
-        self.batches = data.Batches(train, *shape, config.seed, "training")
-        validation = data.Batches(val, *shape, config.seed + 1, "validation")
-        self.val_batches = [validation.draw(n) for n in range(config.eval_iters)]
+        T, B, V = model_config.block_size, config.batch_size, model_config.vocab_size
+        batches = data.Batches([train], T, config.seed, "training", V)
+        self.draw = data.Ahead(lambda n: batches.draw(n * B, B))
+        validation = data.Batches([val], T, config.seed + 1, "validation", V)
+        self.val_batches = [validation.draw(n * B, B) for n in range(config.eval_iters)]
 
         if source:
             _put_weights(self.model, checkpoint.load_model(source))
@@ -108,7 +109,7 @@ class Run:
             self._evaluate()
         with report.Progress(self.console, first, config.max_iters, tokens_per_step) as progress, interrupted:
             for step in range(first + 1, config.max_iters + 1):
-                batches = [self.batches.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
+                batches = [self.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
                 lr = learning_rate(config, step - 1)
                 losses.append(self.trainer.step(batches))
                 last = step == config.max_iters or interrupted.asked
