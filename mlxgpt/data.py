@@ -1,14 +1,16 @@
-"""Text to train on: corpora split into training and validation documents, and batches drawn from them."""
+"""Text to train on: corpora split into training and validation documents, and windows drawn from them."""
 
 from __future__ import annotations
 
 import glob
+import math
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -144,21 +146,118 @@ def encode(tokenizer: _Encoder, documents: Sequence[str]) -> np.ndarray:
 
 
 class Batches:
-    """Random windows of a token array: the seed and a batch's number say which.
+    """Windows of some shards, in a seeded order without replacement: each epoch sees nearly every token once.
 
-    `tokens` (n,) may be memory-mapped: only the windows are read.
+    A window's number alone says which it is, so that no state is to be saved, and whoever draws other numbers draws
+    other windows. They lie side by side in a shard and never cross its end; each epoch has an order of its own and
+    begins at other offsets in the shards, so that it cuts the text at other places. Nothing is held but the shards.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, name: str) -> None:
-        if len(tokens) < block_size + 1:
-            raise ValueError(
-                f"data: the {name} text has {len(tokens)} tokens, fewer than block_size + 1 = {block_size + 1}"
-            )
-        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+    def __init__(self, shards: Sequence[np.ndarray], block_size: int, seed: int, name: str, vocab_size: int) -> None:
+        """shards: arrays (n,) of uint8, uint16 or uint32, which may be memory-mapped: only windows are read.
 
-    def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Batch number 0, 1, ...: inputs (B, T) and, each shifted by one token, targets (B, T), int32."""
-        random = np.random.default_rng((self.seed, number))
-        starts = random.integers(len(self.tokens) - self.block_size, size=self.batch_size)  # (B,)
-        windows = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int32)  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+        ValueError if none holds block_size + 1 tokens; the name is for that.
+        """
+        for shard in shards:
+            if shard.ndim != 1 or shard.dtype.kind != "u" or shard.dtype.itemsize > 4:
+                raise ValueError(
+                    f"data: a {name} shard is {shard.dtype} {shard.shape}, expected (n,) of uint8, uint16 or uint32"
+                )
+        lengths = np.array([len(shard) for shard in shards], np.int64)
+        if (longest := lengths.max(initial=0)) <= block_size:
+            text = "text" if len(shards) == 1 else "text's longest shard"
+            raise ValueError(
+                f"data: the {name} {text} has {longest} tokens, fewer than block_size + 1 = {block_size + 1}"
+            )
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self._key = _hash(np.full(1, seed, np.uint64))
+        self._names = [getattr(shard, "filename", None) or f"{name} shard {n}" for n, shard in enumerate(shards)]
+        self._shards = [np.asarray(shard) for shard in shards]  # a memmap's own indexing is slow
+        windows = np.where(lengths > block_size, np.maximum(1, lengths // block_size - 1), 0)
+        self._ends = np.cumsum(windows)
+        self._begins = self._ends - windows
+        self._offsets = np.maximum(1, lengths - windows * block_size).astype(np.uint64)  # room for the last target
+        self.per_epoch = int(self._ends[-1])
+
+    def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows first, first + 1, ... of the endless order, `count` of them.
+
+        Inputs (count, T) and, each shifted by one token, targets (count, T), int32.
+        ValueError names the shard and position of an id that the vocabulary doesn't have.
+        """
+        epochs, places = np.divmod(np.arange(first, first + count), self.per_epoch)  # (count,)
+        keys = _hash(self._key + epochs.view(np.uint64))
+        windows = permuted(places, self.per_epoch, keys)
+        shards = np.searchsorted(self._ends, windows, "right")
+        offsets = _round(shards.view(np.uint64), keys) % self._offsets[shards]
+        starts = offsets.view(np.int64) + (windows - self._begins[shards]) * self.block_size
+        tokens = np.empty((count, self.block_size + 1), np.int32)  # (count, T + 1)
+        for row, shard, start in zip(tokens, shards.tolist(), starts.tolist(), strict=True):
+            row[:] = self._shards[shard][start : start + self.block_size + 1]
+        unsigned = tokens.view(np.uint32)
+        if unsigned.max(initial=0) >= self.vocab_size:
+            row, column = np.argwhere(unsigned >= self.vocab_size)[0]
+            raise ValueError(
+                f"{self._names[shards[row]]}: token {starts[row] + column} is id {unsigned[row, column]}, "
+                f"expected less than vocab_size = {self.vocab_size}"
+            )
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where permutations of 0 .. size - 1, each given by its key, take some places, in no memory but theirs.
+
+    places (n,) int64 below size, keys (n,) uint64; -> (n,) int64. A Feistel network over pairs of digits in mixed
+    radix, walked on from what is not below size (Black and Rogaway 2002, Ciphers with arbitrary finite domains).
+    """
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
+    a, b = np.uint64(rows), np.uint64(columns)
+    left, right = np.divmod(places.view(np.uint64), b)
+    round_keys = keys ^ _ROUNDS  # (rounds, n)
+    for n in range(0, len(_ROUNDS), 2):
+        left = (left + _round(right, round_keys[n])) % a
+        right = (right + _round(left, round_keys[n + 1])) % b
+    x = left * b + right
+    if (outside := x >= size).any():
+        x[outside] = permuted(x[outside], size, keys[outside])
+    return x.view(np.int64)
+
+
+def _round(x: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """32 bits of a number and a key, in few steps, for there are several rounds."""
+    x = (x ^ key) * _MULTIPLIERS[0]
+    return ((x ^ (x >> _HALF)) * _MULTIPLIERS[1]) >> _HALF
+
+
+_ROUNDS = np.arange(1, 7, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIERS = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
+_HALF = np.uint64(32)
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """64 well-mixed bits of 64 (splitmix64's finalizer: Steele, Lea, Flood 2014, Fast splittable generators)."""
+    x = (x ^ (x >> np.uint64(30))) * _MULTIPLIERS[0]
+    x = (x ^ (x >> np.uint64(27))) * _MULTIPLIERS[1]
+    return x ^ (x >> np.uint64(31))
+
+
+Drawn = TypeVar("Drawn")
+
+
+class Ahead(Generic[Drawn]):
+    """A function of a number, called ahead of time: while n is used, a thread draws n + 1.
+
+    What it raises is raised by the call that asks for that number. A number that is not the next is drawn at once.
+    """
+
+    def __init__(self, draw: Callable[[int], Drawn]) -> None:
+        self._draw, self._thread = draw, ThreadPoolExecutor(1, "ahead")
+        self._number, self._next = -1, Future[Drawn]()
+
+    def __call__(self, number: int) -> Drawn:
+        ahead = self._next if number == self._number else self._thread.submit(self._draw, number)
+        self._number = -1  # until it is known that this one can be drawn
+        drawn = ahead.result()
+        self._number, self._next = number + 1, self._thread.submit(self._draw, number + 1)
+        return drawn
