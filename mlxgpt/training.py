@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx.utils import tree_map
 from . import kernels
 from .config import TrainConfig
 from .model import GPT
-from .optim import AdamW, clip_grad_norm, learning_rate
+from .optim import AdamW, learning_rate
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
 
@@ -29,7 +30,8 @@ class Trainer:
         self.model, self.config = model, config
         self.optimizer = AdamW(config)
         self.optimizer.init(model.parameters())
-        self.steps = 0  # optimizer steps taken
+        self.steps = 0  # taken or skipped
+        self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
         compute = getattr(mx, config.dtype)
 
         def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
@@ -45,10 +47,8 @@ class Trainer:
         def gradient(x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
             return with_weights(mx.value_and_grad(loss), x, y)
 
-        def update(gradients: dict[str, Any]) -> None:
-            if config.grad_clip:
-                gradients, _ = clip_grad_norm(gradients, config.grad_clip)
-            self.optimizer.update(model, gradients)
+        def update(gradients: dict[str, Any], loss: mx.array) -> mx.array:
+            return self.optimizer.update_if_finite(model, gradients, loss, config.grad_clip)
 
         def evaluation(x: mx.array, y: mx.array) -> mx.array:
             return with_weights(loss, x, y)
@@ -63,7 +63,10 @@ class Trainer:
         self._gradients: list[mx.array] = []
 
     def step(self, batches: Sequence[Batch]) -> mx.array:
-        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar."""
+        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar.
+
+        Where that or the gradient's norm is not finite, weights and optimizer stay as they were: the step is skipped.
+        """
         if not self.model.training:
             self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
@@ -78,8 +81,8 @@ class Trainer:
             loss, gradients = tree_map(mx.add, sums, self._gradient(mx.array(x), mx.array(y)))
         if others:
             loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
-        self._update(gradients)
-        mx.async_eval(loss, self.model.state, self.optimizer.state)
+        self.norm = self._update(gradients, loss)
+        mx.async_eval(loss, self.norm, self.model.state, self.optimizer.state)
         return loss
 
     def _step_in_place(self, batches: Sequence[Batch]) -> mx.array:
@@ -90,8 +93,11 @@ class Trainer:
         kernels.zero(self._gradients)
         add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
         losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
-        self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
-        return mx.array(sum(losses) / len(losses))
+        loss, norm = sum(losses) / len(losses), math.nan
+        if math.isfinite(float(loss)):
+            norm = self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
+        self.norm = mx.array(norm, mx.float64)  # it may be finite where a float32 is not
+        return mx.array(loss)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over some batches, without dropout."""
