@@ -18,6 +18,13 @@ struct Piece {
     ptrdiff_t first, n;
 };
 
+// Of finite numbers it is finite.
+double squares_in_double(const float* x, ptrdiff_t n) {
+    double sum = 0;
+    for (ptrdiff_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+    return sum;
+}
+
 }  // namespace
 
 double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) {
@@ -38,17 +45,22 @@ double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& option
 
     std::vector<double> sums(pieces.size());
     parallel_for(n_tasks, [&](int task, int) {
-        for (int i = tasks[task]; i < tasks[task + 1]; ++i)
-            sums[i] = isa.squares(pieces[i].tensor->gradient + pieces[i].first, pieces[i].n);
+        for (int i = tasks[task]; i < tasks[task + 1]; ++i) {
+            const float* gradient = pieces[i].tensor->gradient + pieces[i].first;
+            sums[i] = isa.squares(gradient, pieces[i].n);
+            // The kernel's sums are floats, which 1.8e19 squared is too large for.
+            if (!std::isfinite(sums[i])) sums[i] = squares_in_double(gradient, pieces[i].n);
+        }
     });
     double total = 0;
     for (const double sum : sums) total += sum;
     const double norm = std::sqrt(total);
+    if (!std::isfinite(norm)) return norm;
 
     AdamWStep step;
     double clip = 1.0;
-    if (options.max_norm > 0)  // the same 1e-6 that PyTorch and MLX add; a norm of NaN stays
-        clip = std::isnan(norm) ? norm : std::min(1.0, options.max_norm / (norm + 1e-6));
+    if (options.max_norm > 0)  // the same 1e-6 that PyTorch and MLX add
+        clip = std::min(1.0, options.max_norm / (norm + 1e-6));
     step.clip = static_cast<float>(clip);
     step.learning_rate = static_cast<float>(options.learning_rate);
     step.beta1 = static_cast<float>(options.beta1);

@@ -21,7 +21,8 @@ struct AdamWOptions {
     double max_norm;  // 0 for no clipping
 };
 
-/// One step in place; the norm of all gradients together.
+/// One step in place; the norm of all gradients together. A norm that is not finite, as with a single element
+/// that is not, leaves everything as it was.
 double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options);
 
 }  // namespace mlxgpt

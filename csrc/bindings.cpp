@@ -624,7 +624,7 @@ Without gradients weight may be in any storage that linear_forward takes.)");
           R"(A step of AdamW with bias correction, in place, on lists of arrays; returns the gradients' norm.
 
 Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_norm is 0. Parameters marked in
-`decayed` shrink by learning_rate * weight_decay. step counts from 1.)");
+`decayed` shrink by learning_rate * weight_decay. step counts from 1. If the norm is not finite, nothing is written.)");
     m.def(
         "dropout", &py_dropout, "x"_a, "residual"_a.none(true), "p"_a, "seed"_a, "out"_a,
         "out = x * mask + residual, the mask being 0 with chance p, else 1 / (1 - p): a function of seed and "

@@ -175,8 +175,8 @@ def adamw(
     """A step of AdamW in place, on evaluated arrays that nobody else holds -> the norm of all gradients.
 
     m and v are the averages of the gradients and of their squares. Parameters of two or more dimensions are
-    decayed. Options: learning_rate, beta1, beta2, eps, weight_decay, step (from 1), max_norm to clip to (0 for
-    none). Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    decayed. If the norm is not finite nothing is written. Options: learning_rate, beta1, beta2, eps, weight_decay,
+    step (from 1), max_norm to clip to (0 for none). Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
     return _core.adamw(parameters, gradients, m, v, [p.ndim >= 2 for p in parameters], **options)
 

@@ -8,13 +8,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers
 import numpy as np
-from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from . import kernels
 from .config import TrainConfig
-
-__all__ = ["AdamW", "clip_grad_norm", "learning_rate"]
 
 
 class AdamW(mlx.optimizers.Adam):
@@ -32,17 +29,41 @@ class AdamW(mlx.optimizers.Adam):
             parameter = parameter * (1 - self.learning_rate * self.weight_decay)
         return super().apply_single(gradient, parameter, state)
 
+    def update_if_finite(self, model: Any, gradients: dict[str, Any], loss: mx.array, max_norm: float) -> mx.array:
+        """update(), with gradients clipped first to max_norm (0 for none) -> their norm before, a scalar.
+
+        Where the norm or the loss is not finite the model and the state stay as they were, the state's step too, and
+        the scalar is not finite. Nothing is evaluated: which it is the graph itself decides.
+        """
+        if max_norm:
+            gradients, norm = clip_grad_norm(gradients, max_norm)
+        else:
+            norm = global_norm(gradients)
+        norm = mx.where(mx.isfinite(loss), norm, mx.nan)
+        finite = mx.isfinite(norm)
+
+        def chosen(new: mx.array, old: mx.array) -> mx.array:
+            return mx.where(finite, new, old)
+
+        before = tree_map(lambda a: a, self.state)
+        model.update(tree_map(chosen, self.apply_gradients(gradients, model), model))
+        self.state.update(tree_map(chosen, self.state, before))
+        return norm
+
     def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
         """On the CPU's kernels: update(), with gradients clipped first -> their norm before.
 
-        Arrays are in order of the model's parameters, and the weights those of own_weights().
+        Arrays are in order of the model's parameters, and the weights those of own_weights(). Where the norm is not
+        finite they stay as they were, and the state too.
         """
         step = int(self.step.item()) + 1
-        self.state["step"] = mx.array(step, mx.uint64)
-        return kernels.adamw(
+        norm = kernels.adamw(
             weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
             beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
         )  # fmt: skip
+        if math.isfinite(norm):
+            self.state["step"] = mx.array(step, mx.uint64)
+        return norm
 
     def own_weights(self, model: Any) -> list[mx.array]:
         """A model's parameters in memory that nobody else holds, to be updated in place, and so the averages.
@@ -84,6 +105,26 @@ def _own(tree: Any) -> None:
             tree[key] = mx.array(np.array(value, copy=False))
         elif isinstance(value, (dict, list)):
             _own(value)
+
+
+def global_norm(gradients: Any) -> mx.array:
+    """The Euclidean norm of all of a tree's arrays together, a float32 scalar; not finite if an element is not.
+
+    Elements are divided by the largest first, so that no square is too large for float32.
+    """
+    largest = tree_reduce(lambda most, g: mx.maximum(most, mx.abs(g).max()), gradients, mx.array(1e-30))
+    squares = tree_reduce(lambda total, g: total + mx.square(g / largest).sum(), gradients, mx.array(0.0))
+    return largest * mx.sqrt(squares)
+
+
+def clip_grad_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
+    """A tree of gradients multiplied by min(1, max_norm / norm), and their norm before.
+
+    Pascanu et al. 2013, https://arxiv.org/abs/1211.5063; PyTorch's and MLX's, which add the same 1e-6.
+    """
+    norm = global_norm(gradients)
+    factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: g * factor, gradients), norm
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from mlx.utils import tree_map
 
 from . import kernels
 from .config import TrainConfig
+from .distributed import Group
 from .model import GPT
-from .optim import AdamW, clip_grad_norm, learning_rate
+from .optim import AdamW, learning_rate
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
 
@@ -25,11 +27,13 @@ class Trainer:
     computed in bfloat16 from a copy of the weights. On a GPU both are compiled.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: GPT, config: TrainConfig, group: Group | None = None) -> None:
+        """Weights and state are the same on all ranks of the group, if the process is one of several."""
+        self.model, self.config, self.group = model, config, group or Group()
         self.optimizer = AdamW(config)
         self.optimizer.init(model.parameters())
-        self.steps = 0  # optimizer steps taken
+        self.steps = 0  # taken or skipped
+        self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
         compute = getattr(mx, config.dtype)
 
         def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
@@ -45,10 +49,8 @@ class Trainer:
         def gradient(x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
             return with_weights(mx.value_and_grad(loss), x, y)
 
-        def update(gradients: dict[str, Any]) -> None:
-            if config.grad_clip:
-                gradients, _ = clip_grad_norm(gradients, config.grad_clip)
-            self.optimizer.update(model, gradients)
+        def update(gradients: dict[str, Any], loss: mx.array) -> mx.array:
+            return self.optimizer.update_if_finite(model, gradients, loss, config.grad_clip)
 
         def evaluation(x: mx.array, y: mx.array) -> mx.array:
             return with_weights(loss, x, y)
@@ -62,41 +64,42 @@ class Trainer:
         self._in_place = kernels.available(compute)
         self._gradients: list[mx.array] = []
 
-    def step(self, batches: Sequence[Batch], first: int = 0, apart: int = 1) -> mx.array:
-        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar.
+    def step(self, batches: Sequence[Batch]) -> mx.array:
+        """One optimizer step on the mean gradient of some micro-batches, all ranks' together -> their mean loss, a
+        scalar.
 
-        They are the step's micro-batches first, first + apart, ...: that and the step's number say which dropout
-        masks they have, so that a run may be broken off and divided among ranks.
+        Where that or the gradient's norm is not finite, weights and optimizer stay as they were: the step is skipped.
         """
         if not self.model.training:
             self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
-        numbers = [first + n * apart for n in range(len(batches))]
         self.steps += 1
         if self._in_place:
-            return self._step_in_place(batches, numbers)
-        loss, gradients = self._gradient_of(batches[0], numbers[0])
-        for batch, number in zip(batches[1:], numbers[1:], strict=True):
+            return self._step_in_place(batches)
+        loss, gradients = self._gradient_of(0, batches[0])
+        for n, batch in enumerate(batches[1:], 1):
             mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
             sums = loss, gradients
-            loss, gradients = tree_map(mx.add, sums, self._gradient_of(batch, number))
+            loss, gradients = tree_map(mx.add, sums, self._gradient_of(n, batch))
         if len(batches) > 1:
             loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
-        self._update(gradients)
-        mx.async_eval(loss, self.model.state, self.optimizer.state)
+        loss, gradients = self.group.average((loss, gradients))
+        self.norm = self._update(gradients, loss)
+        mx.async_eval(loss, self.norm, self.model.state, self.optimizer.state)
         return loss
 
-    def _gradient_of(self, batch: Batch, number: int) -> tuple[mx.array, dict[str, Any]]:
-        self._begin(number)
+    def _gradient_of(self, n: int, batch: Batch) -> tuple[mx.array, dict[str, Any]]:
+        self._begin(n)
         return self._gradient(*map(mx.array, batch))
 
-    def _begin(self, number: int) -> None:
-        """Puts MLX's generator, which dropout masks are drawn from, where the step and the micro-batch say."""
+    def _begin(self, n: int) -> None:
+        """Puts MLX's generator, which dropout masks are drawn from, where the step and this rank's n-th micro-batch
+        say: a run may be broken off, and go on with other ranks, and has the same masks."""
         if self.model.config.dropout:
-            place = self.config.seed, self.steps, number
+            place = self.config.seed, self.steps, self.group.rank + n * self.group.size
             mx.random.seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
-    def _step_in_place(self, batches: Sequence[Batch], numbers: Sequence[int]) -> mx.array:
+    def _step_in_place(self, batches: Sequence[Batch]) -> mx.array:
         """The same on the CPU's kernels, in memory that is kept from step to step."""
         weights = self.optimizer.own_weights(self.model)
         if not self._gradients:
@@ -104,17 +107,23 @@ class Trainer:
         kernels.zero(self._gradients)
         add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
         losses = []
-        for (x, y), number in zip(batches, numbers, strict=True):
-            self._begin(number)
+        for n, (x, y) in enumerate(batches):
+            self._begin(n)
             losses.append(add(mx.array(x), mx.array(y)).item())
-        self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
-        return mx.array(sum(losses) / len(losses))
+        mean = mx.array(sum(losses) / len(losses))
+        loss, gradients = self.group.average((mean, self._gradients))
+        norm = math.nan
+        if math.isfinite(loss.item()):
+            norm = self.optimizer.update_in_place(weights, gradients, self.config.grad_clip)
+        self.norm = mx.array(norm, mx.float64)  # it may be finite where a float32 is not
+        return loss
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over some batches, without dropout."""
+        """Mean loss over some batches, without dropout; of several ranks each takes its share of them."""
         self.model.eval()
         loss = functools.partial(kernels.run, self.model.loss) if self._in_place else self._evaluation
-        return sum(float(loss(mx.array(x), mx.array(y))) for x, y in batches) / len(batches)
+        ours = (float(loss(mx.array(x), mx.array(y))) for x, y in batches[self.group.rank :: self.group.size])
+        return self.group.sum(sum(ours))[0] / len(batches)
 
 
 def _compiles(config: TrainConfig) -> bool:

@@ -386,11 +386,29 @@ def test_adamw(shapes, max_norm):
         close(ours, theirs, 2e-6)
 
 
-def test_adamw_shows_a_gradient_of_nan():
-    p, g, m, v = ([normal(5)], [nan(5)], [np.zeros(5, np.float32)], [np.zeros(5, np.float32)])
-    options = dict(learning_rate=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=1, max_norm=1.0)
-    assert np.isnan(_core.adamw(p, g, m, v, [True], **options))
-    assert np.isnan(p[0]).all()
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [(0, 0), (1, 70_000), (1, 99_999)])
+def test_adamw_leaves_everything_where_a_gradient_is_not_finite(at, value, max_norm):
+    arrays = p, g, m, v = [[abs(normal(n)) for n in (5, 100_000)] for _ in range(4)]
+    g[at[0]][at[1]] = value
+    before = [a.copy() for tensors in arrays for a in tensors]
+    options = dict(learning_rate=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=1, max_norm=max_norm)
+    assert not np.isfinite(_core.adamw(p, g, m, v, [True, False], **options))
+    for a, expected in zip((a for tensors in arrays for a in tensors), before, strict=True):
+        np.testing.assert_array_equal(a, expected)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e30, np.finfo(np.float32).max])
+def test_adamw_clips_gradients_whose_squares_are_no_floats(size):
+    g = [normal(5), np.float32(size) * np.sign(normal(100_000))]
+    p, m, v = ([normal(len(a)) for a in g], [np.zeros_like(a) for a in g], [np.zeros_like(a) for a in g])
+    before = [a.copy() for a in p]
+    options = dict(learning_rate=1e-2, beta1=0.9, beta2=0.99, eps=1e-12, weight_decay=0.0, step=1, max_norm=1.0)
+    norm = _core.adamw(p, g, m, v, [False, False], **options)
+    assert norm == pytest.approx(float(np.float32(size)) * 100_000**0.5, rel=1e-6)
+    close(p[1], before[1] - 1e-2 * np.sign(g[1]), 1e-4)
+    assert all(np.isfinite(a).all() for a in (*p, *m, *v))
 
 
 # ---- copies ----

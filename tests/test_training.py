@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import golden
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxgpt import kernels, training
+from mlxgpt import kernels, ops, training
 from mlxgpt.config import GPTConfig, TrainConfig
+from mlxgpt.distributed import Group
 from mlxgpt.model import GPT
-from mlxgpt.optim import AdamW, learning_rate
+from mlxgpt.optim import AdamW, clip_grad_norm, learning_rate
 
 TINY = GPTConfig(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=32)
 
@@ -23,6 +25,12 @@ def batches(seed: int, n: int, config: GPTConfig = TINY, size: int = 4) -> list[
 
 def weights_of(trainer: training.Trainer) -> dict[str, np.ndarray]:
     return {name: np.array(p) for name, p in tree_flatten(trainer.model.parameters())}
+
+
+def arrays_of(trainer: training.Trainer) -> dict[str, np.ndarray]:
+    """Weights, averages and the optimizer's step."""
+    tree = {"model": trainer.model.parameters(), "optimizer": trainer.optimizer.state}
+    return {name: np.array(a) for name, a in tree_flatten(tree) if name != "optimizer.learning_rate"}
 
 
 def test_the_loss_curve_follows_pytorchs_for_100_steps():
@@ -68,7 +76,7 @@ def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
     monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
     trainer = training.Trainer(GPT(TINY), TrainConfig(model=TINY))
     seen = []
-    monkeypatch.setattr(trainer, "_update", lambda gradients: seen.append(dict(tree_flatten(gradients))))
+    monkeypatch.setattr(trainer, "_update", lambda gradients, loss: seen.append(dict(tree_flatten(gradients))))
     parts = batches(1, 3)
     whole = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     losses = [trainer.step(micro_batches).item() for micro_batches in (parts, [whole])]
@@ -80,20 +88,100 @@ def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
 
 def test_clipping_bounds_the_gradient(monkeypatch):
     monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
-    norms = []
+    config = TrainConfig(grad_clip=1e-3, beta1=0.0, compile=False, model=TINY)
+    trainer = training.Trainer(GPT(TINY), config)
+    trainer.step(batches(2, 1))
+    averages = trainer.optimizer.averages(trainer.model)  # without beta1 of the clipped gradient alone
+    squares = sum(mx.square(a).sum().item() for name, a in averages.items() if name.startswith("m."))
+    assert trainer.norm.item() > 0.1
+    assert squares**0.5 == pytest.approx(1e-3, rel=1e-3)
 
-    def observe(gradients, limit):
-        clipped, norm = train_clip(gradients, limit)
-        squares = sum((g * g).sum() for _, g in tree_flatten(clipped))
-        norms.append((norm.item(), squares.item() ** 0.5))
-        return clipped, norm
 
-    train_clip = training.clip_grad_norm
-    monkeypatch.setattr(training, "clip_grad_norm", observe)
-    training.Trainer(GPT(TINY), TrainConfig(grad_clip=1e-3, compile=False, model=TINY)).step(batches(2, 1))
-    ((before, after),) = norms
-    assert before > 0.1
-    assert after == pytest.approx(1e-3, rel=1e-3)
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are taken on the CPU's kernels, or by MLX's own operations, compiled as on a GPU or not."""
+    if path == "kernels":
+        ops.use_device("cpu")
+        if not kernels.available():
+            pytest.skip("the extension is not there")
+    else:
+        monkeypatch.setattr(kernels, "_core", None)
+        monkeypatch.setattr(training, "_compiles", lambda config: path == "compiled")
+
+
+SMALL = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.mark.parametrize("path", ["kernels", "eager"])
+@pytest.mark.parametrize("fault", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, path, fault):
+    take(path, monkeypatch)
+    trainer, other = (training.Trainer(GPT(SMALL), TrainConfig(warmup_iters=0, model=SMALL)) for _ in range(2))
+    other.model.update(tree_map(lambda p: mx.array(np.array(p)), trainer.model.parameters()))
+    some = batches(3, 4, SMALL)
+    for t in (trainer, other):
+        t.step(some[:1])
+    before = arrays_of(trainer)
+    with monkeypatch.context() as faulty:
+        spoil(faulty, trainer, path, fault)
+        loss = trainer.step(some[1:2]).item()
+    assert (np.isfinite(loss), np.isfinite(trainer.norm.item())) == (fault == "gradient", False)
+    for name, a in arrays_of(trainer).items():
+        np.testing.assert_array_equal(a, before[name], err_msg=name)
+    trainer.steps = other.steps  # of the learning rate; the optimizer's own did not count it
+    losses = [[t.step([batch]).item() for batch in some[2:]] for t in (trainer, other)]
+    assert losses[0] == losses[1]
+    assert np.isfinite(trainer.norm.item()) and np.isfinite(losses[0]).all()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, trainer: training.Trainer, path: str, fault: str) -> None:
+    """Makes the next step's loss infinite, or one element of its gradient."""
+    if path == "kernels":
+        add_gradients = kernels.add_gradients
+
+        def spoilt(weights, gradients, *args):
+            loss = add_gradients(weights, gradients, *args)
+            if fault == "loss":
+                return mx.array(np.inf)
+            kernels._view(gradients[3])[..., 1] = np.nan
+            return loss
+
+        monkeypatch.setattr(kernels, "add_gradients", spoilt)
+        return
+    gradient = trainer._gradient
+
+    def spoilt_too(x, y):
+        loss, gradients = gradient(x, y)
+        if fault == "loss":
+            return mx.array(np.inf), gradients
+        gradients["h"][0]["ln_1"]["weight"] = mx.full(SMALL.n_embd, np.inf)
+        return loss, gradients
+
+    monkeypatch.setattr(trainer, "_gradient", spoilt_too)
+
+
+@pytest.mark.parametrize("loss", [1.0, np.nan])
+@pytest.mark.parametrize("element", [1.0, np.nan, np.inf])
+def test_the_compiled_update_skips_what_is_not_finite(loss, element):
+    model, optimizer = nn.Linear(2, 3), AdamW(TrainConfig())
+    optimizer.init(model.parameters())
+    state = [model.state, optimizer.state]
+    update = mx.compile(lambda *args: optimizer.update_if_finite(model, *args, 1.0), state, state)
+    before = {name: np.array(a) for name, a in tree_flatten(state)}
+    gradients = {"weight": mx.ones((3, 2)), "bias": mx.array([1.0, element, 1.0])}
+    norm = update(gradients, mx.array(loss))
+    finite = bool(np.isfinite(loss + element))
+    assert np.isfinite(norm.item()) == finite
+    assert optimizer.step.item() == finite
+    for name, a in tree_flatten(state):
+        assert np.array_equal(a, before[name]) == (not finite or name == "1.learning_rate"), name
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e25])
+def test_the_norm_is_of_gradients_of_any_size(size):
+    gradients = {"a": mx.array([3.0, 0.0]) * size, "b": [mx.array([[-4.0]]) * size]}
+    clipped, norm = clip_grad_norm(gradients, 1.0)
+    assert norm.item() == pytest.approx(5 * size, rel=1e-6)
+    assert clipped["b"][0].item() == pytest.approx(-4 * size * min(1, 1 / (5 * size + 1e-6)), rel=1e-6)
 
 
 def test_bfloat16_keeps_float32_weights_and_learns():
@@ -175,16 +263,17 @@ def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(monkeypatch, ho
     config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
     start, parts = GPT(model_config).parameters(), batches(0, 4, model_config)
 
-    def loss(some: list[training.Batch], **share: int) -> float:
-        model = GPT(model_config)
+    def loss(some: list[training.Batch], rank: int = 0, size: int = 1) -> float:
+        model, group = GPT(model_config), Group()
         model.update(start)
-        trainer = training.Trainer(model, config)
+        group.rank, group.size = rank, size
+        trainer = training.Trainer(model, config, group)
         trainer.steps = 7
         mx.random.uniform()
-        return trainer.step(some, **share).item()
+        return trainer.step(some).item()
 
     whole = loss(parts)
     assert whole == loss(parts)
-    halves = loss(parts[::2], first=0, apart=2), loss(parts[1::2], first=1, apart=2)
+    halves = loss(parts[::2], 0, 2), loss(parts[1::2], 1, 2)
     assert sum(halves) / 2 == pytest.approx(whole, rel=1e-6)
-    assert loss(parts[:1]) != loss(parts[:1], first=1)
+    assert loss(parts[:1]) != loss(parts[:1], 1, 2)
