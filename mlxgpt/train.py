@@ -124,8 +124,8 @@ class Run:
                 with progress.paused():
                     self._evaluate()
             for step in range(self.first_step + 1, config.max_iters + 1):
-                loss, norm = self.trainer.step(draw(step))
-                self._pending.append((step, loss, norm))
+                loss = self.trainer.step(draw(step))
+                self._pending.append((step, loss, self.trainer.norm))
                 stop, done = self.group.any(interrupted.asked), step == config.max_iters
                 evaluates = step % config.eval_interval == 0 or done
                 saves = step % save_interval == 0 or evaluates or stop
