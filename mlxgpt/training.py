@@ -32,6 +32,7 @@ class Trainer:
         self.optimizer.init(model.parameters())
         self.steps = 0  # taken or skipped
         self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
+        model.grad_checkpoint = config.grad_checkpoint
         compute = getattr(mx, config.dtype)
 
         def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
@@ -92,9 +93,9 @@ class Trainer:
             self._gradients = [mx.zeros(w.shape) for w in weights]
         kernels.zero(self._gradients)
         add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
-        losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
+        losses = [float(add(mx.array(x), mx.array(y))) for x, y in batches]
         loss, norm = sum(losses) / len(losses), math.nan
-        if math.isfinite(float(loss)):
+        if math.isfinite(loss):
             norm = self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
         self.norm = mx.array(norm, mx.float64)  # it may be finite where a float32 is not
         return mx.array(loss)
