@@ -238,11 +238,26 @@ class _Tape:
             raise ValueError("a model's gradient was asked for twice; call the model again")
         gradient = _empty(self.output.shape)
         gradient[...] = cotangent
-        self._activations[_identity(self.output)] = gradient
-        self.output = None
+        output, self.output = self.output, None
+        self._unwind(output, gradient)
+        return tuple(self.memory)
+
+    def backward_again(self, call: Callable[[], np.ndarray], gradient: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Records a call, whose result's gradient is given, and goes back through it at once -> x's gradient."""
+        # A tape of its own, because arrays that are made now may have the identity of some that are gone.
+        tape = _Tape(self._weights, list(self._of_weights.values()), float(self.scale))
+        _state.tape = tape
+        try:
+            output = call()
+        finally:
+            _state.tape = None
+        tape._unwind(output, gradient)
+        return tape.take(x)
+
+    def _unwind(self, output: np.ndarray, gradient: np.ndarray) -> None:
+        self._activations[_identity(output)] = gradient
         while self.steps:
             self.steps.pop()(self)
-        return tuple(self.memory)
 
 
 class _Source:
@@ -368,6 +383,25 @@ def _view(array: mx.array) -> np.ndarray:
 def _rows(x: np.ndarray | None) -> Any:
     """(..., C) -> (N, C). None of None."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def checkpointed(module: Callable[..., np.ndarray], x: np.ndarray, *args: Any) -> np.ndarray:
+    """module(x, *args), of which only x is kept: the backward pass calls it again, with the same dropout masks."""
+    tape, seed = _state.tape, _state.seed
+    _state.tape = None
+    try:
+        out = module(x, *args)
+    finally:
+        _state.tape = tape
+    if seed is None and _state.seed is not None:
+        seed = _state.seed >> 32 << 32  # the run's first, which was drawn here
+
+    def backward(tape: _Tape) -> None:
+        _state.seed = seed
+        tape.put(x, tape.backward_again(lambda: module(x, *args), tape.take(out), x))
+
+    _record(backward)
+    return out
 
 
 # ---- the kernels, each with its gradient ----

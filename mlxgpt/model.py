@@ -128,6 +128,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.grad_checkpoint = False  # in training, keep only each block's input and compute the rest again
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
@@ -168,7 +169,8 @@ class GPT(nn.Module):
         x = ops.embeddings(ids, self.wte.matrix, self.wpe.matrix, offsets)  # (B, T, C)
         x = ops.dropout(x, self.config.dropout if self.training else 0.0)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache)
+            again = self.grad_checkpoint and self.training and cache is None
+            x = ops.checkpointed(block, x, layer) if again else block(x, layer, cache)
         if cache is not None:
             cache.advance(T)
         return self.ln_f(x)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -96,6 +97,48 @@ def repeated(method: Callable[..., Any], cache: KVCache) -> Callable[[Any], Any]
     return call
 
 
+def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
+    """module(x, *args), of which the backward pass keeps x alone: it calls the module again. x (...) -> an array.
+
+    Dropout draws the same masks both times. Chen et al. 2016, https://arxiv.org/abs/1604.06174.
+    """
+    if isinstance(x, np.ndarray):
+        return kernels.checkpointed(module, x, *args)
+    keys: list[mx.array] = []
+
+    @mx.checkpoint
+    def call(weights: dict[str, Any], x: mx.array) -> mx.array:
+        held = module.parameters()
+        module.update(weights)
+        _masks.drawn, _masks.again = keys, iter(list(keys))
+        try:
+            return module(x, *args)
+        finally:
+            _masks.drawn, _masks.again = None, iter(())
+            module.update(held)
+
+    return call(module.parameters(), x)
+
+
+class _Masks(threading.local):
+    """Of the module that checkpointed() calls: the keys of its dropout masks."""
+
+    drawn: list[mx.array] | None = None  # so far; none outside of such a module
+    again: Iterator[mx.array] = iter(())  # those of its first call that are still to be used
+
+
+_masks = _Masks()
+
+
+def _next_key() -> mx.array:
+    """A dropout mask's."""
+    if (key := next(_masks.again, None)) is None:
+        key = mx.random.randint(0, 2**32 - 1, (2,), mx.uint32)
+        if _masks.drawn is not None:
+            _masks.drawn.append(key)
+    return key
+
+
 def linear(
     x: Array, weight: Matrix, bias: mx.array | None = None, residual: Array | None = None, dropout_p: float = 0.0
 ) -> Array:
@@ -164,7 +207,7 @@ def dropout(x: Array, p: float, residual: Array | None = None) -> Array:
     if isinstance(x, np.ndarray):
         return kernels.dropout(x, p, residual)
     if p > 0:
-        x = x * (mx.random.bernoulli(1 - p, x.shape) * (1 / (1 - p))).astype(x.dtype)
+        x = x * (mx.random.bernoulli(1 - p, x.shape, _next_key()) * (1 / (1 - p))).astype(x.dtype)
     return x if residual is None else residual + x
 
 

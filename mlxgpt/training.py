@@ -34,6 +34,7 @@ class Trainer:
         self.optimizer.init(model.parameters())
         self.steps = 0  # taken or skipped
         self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
+        model.grad_checkpoint = config.grad_checkpoint
         compute = getattr(mx, config.dtype)
 
         def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
