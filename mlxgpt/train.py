@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 from rich.console import Console
 
-from . import checkpoint, cli, data, kernels, ops, report, tokenizer
+from . import checkpoint, cli, data, device, kernels, loggers, ops, plot, report, tokenizer
 from .config import GPTConfig, TrainConfig, settings
 from .decoding import Decoder
 from .model import GPT
@@ -31,7 +32,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, console: Console, vocab_given: bool) -> None:
         self.config, self.console = config, console
-        device = ops.use_device(config.device)
+        loggers.require(config)
+        where = ops.use_device(config.device)
         corpus = data.load_corpus(config.data)
         source = _source(vars(config))
         self.tokenizer = tokenizer.load(source) if source else _tokenizer(config, corpus)
@@ -67,21 +69,24 @@ class Run:
             self.trainer.steps = self.first_step
         home = _run_of(source, config) if source and record else None
         self.out_dir = home or _make_out_dir(config)
-        self.metrics = report.Metrics(self.out_dir / "metrics.jsonl", after=self.first_step if home else None)
+        go_on_after = self.first_step if home else None
+        shown = {**_settings_of_run(config), **vars(model_config)}
+        to = loggers.start(config, self.out_dir, go_on_after, shown, functools.partial(report.say, console))
+        self.metrics = report.Metrics(self.out_dir / loggers.METRICS, go_on_after, to)
         self.best, self.best_step = math.inf, 0
         if record and (self.out_dir / "best").is_dir() and record["best_val_loss"] is not None:
             self.best = record["best_val_loss"]  # that model's
             steps, losses = self.metrics.curve("val_loss")
-            self.best_step = dict(zip(losses, steps, strict=True)).get(self.best, 0)
+            self.best_step = int(dict(zip(losses, steps, strict=True)).get(self.best, 0))
         checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
-        self._introduce(corpus, len(train), len(val), source, device)
+        self._introduce(corpus, len(train), len(val), source, where)
 
-    def _introduce(self, corpus: data.Corpus, n_train: int, n_val: int, source: Path | None, device: mx.Device) -> None:
+    def _introduce(self, corpus: data.Corpus, n_train: int, n_val: int, source: Path | None, where: mx.Device) -> None:
         files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
         stdlib = self.config.data == "stdlib"
         skipped = f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and not stdlib else ""
         how = "the C++ kernels" if kernels.available() else "MLX alone"
-        device_name = "GPU" if device.type == mx.gpu else f"CPU with {how}"
+        device_name = "GPU" if where.type == mx.gpu else f"CPU with {how}"
         done = f", after {self.first_step} steps" if self.first_step else ""
         shape = self.model.config
         lines = [
@@ -104,9 +109,16 @@ class Run:
         tokens_per_step = config.gradient_accumulation_steps * config.batch_size * self.model.config.block_size
         losses: list[mx.array] = []
         first, micro_batches = self.first_step, config.gradient_accumulation_steps
+        progress = report.Progress(
+            self.console, first, config.max_iters, tokens_per_step, eval_interval=config.eval_interval,
+            flops_per_token=device.training_flops(self.model.config), peak_flops=device.peak_flops(config.dtype),
+            tokens=self.metrics.last("tokens", 0), seconds=self.metrics.last("seconds", 0.0),
+        )  # fmt: skip
+        spikes = report.Spikes(config.spike_threshold)
         if first not in self.metrics.curve("val_loss")[0]:
-            self._evaluate()
-        with report.Progress(self.console, first, config.max_iters, tokens_per_step) as progress, interrupted:
+            with progress.paused():
+                self._evaluate()
+        with progress, interrupted:
             for step in range(first + 1, config.max_iters + 1):
                 batches = [self.batches.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
                 lr = learning_rate(config, step - 1)
@@ -114,8 +126,10 @@ class Run:
                 last = step == config.max_iters or interrupted.asked
                 if step % config.log_interval == 0 or step == first + 1 or last:
                     loss = self._finite(float(mx.stack(losses).mean()))
-                    speed = progress.log(step, loss, lr)
-                    self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
+                    for at, each in enumerate(losses, step - len(losses) + 1):
+                        if above := spikes.seen(float(each)):
+                            self.metrics.add(step=at, event="spike", loss=float(each), deviations=above)
+                    self.metrics.add(step=step, loss=loss, lr=lr, **progress.log(step, loss, lr))
                     losses = []
                 if step % config.eval_interval == 0 or last:
                     with progress.paused():
@@ -138,7 +152,7 @@ class Run:
             self.best, self.best_step = loss, step
         state = checkpoint.TrainingState(self.trainer.optimizer, step, self.best, _settings_of_run(self.config))
         checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer, state)
-        report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
+        plot.draw_losses({self.out_dir.name: self.metrics}, self.out_dir / "loss.png", title=self.out_dir.name)
         if self.config.sample_tokens:
             report.say(self.console, _indented(self.sample()), "dim")
 
@@ -160,12 +174,14 @@ class Run:
         return tokenizer.decode(self.tokenizer, tokens)
 
     def _summary(self) -> None:
-        print(report.terminal_curve(self.metrics, self.console))
-        what = "done" if self.trainer.steps == self.config.max_iters else "stopped"
-        best = f"best validation loss {self.best:.4f} at step {self.best_step}"
-        report.say(self.console, f"{what} after {self.trainer.steps} steps; {best}", "bold")
-        report.say(self.console, f"loss curve: {self.out_dir / 'loss.png'}")
-        report.say(self.console, f"sample more: python -m mlxgpt.generate --model {self.out_dir / 'best'}")
+        self.metrics.close()
+        curves = {"training": self.metrics.curve("loss"), "validation": self.metrics.curve("val_loss")}
+        print(plot.terminal_losses(curves, self.console))
+        head, *lines = report.summary(
+            self.metrics, self.trainer.steps, self.config.max_iters, self.out_dir
+        ).splitlines()
+        report.say(self.console, head, "bold")
+        report.say(self.console, "\n".join(lines))
 
 
 class _Interrupt:
