@@ -28,17 +28,21 @@ class Trainer:
     def __init__(self, model: GPT, config: TrainConfig) -> None:
         self.model, self.config = model, config
         self.optimizer = AdamW(config)
-        self.optimizer.init(model.parameters())
+        self.optimizer.init(model.trainable_parameters())
         self.steps = 0  # optimizer steps taken
         compute = getattr(mx, config.dtype)
 
-        def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
+        def cast(weights: dict[str, Any]) -> None:
             model.update(tree_map(lambda w: w.astype(compute), weights))
+
+        def loss(trained: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
+            cast(trained)
             return model.loss(x, y)
 
         def with_weights(function: Callable[..., Any], x: mx.array, y: mx.array) -> Any:
-            weights = model.parameters()
-            result = function(weights, x, y)
+            weights, trained = model.parameters(), model.trainable_parameters()
+            cast(weights)  # the frozen ones here, where no gradient is taken
+            result = function(trained, x, y)
             model.update(weights)  # the float32 ones again
             return result
 
