@@ -205,7 +205,7 @@ Gelu gelu_named(const char* where, const std::string& name) {
 
 void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const MaybeBuffer& bias_,
                        const py::buffer& out_, const MaybeBuffer& residual_, const MaybeBuffer& activated_,
-                       const std::string& activation, const MaybeBuffer& scales_,
+                       const std::string& activation, double scale, const MaybeBuffer& scales_,
                        const MaybeBuffer& biases_) {
     const char* where = "linear";
     MaybeArray x(where, "x", x_, Access::kRead), weight(where, "weight", weight_, Access::kRead, kWeights),
@@ -222,6 +222,9 @@ void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const Ma
     call.n_out = static_cast<int>(n_out);
     call.x = matrix(*x.array);
     call.weight = weights_of(*weight.array, scales, biases, n_out, n_in);
+    call.scale = static_cast<float>(scale);
+    if (!std::isfinite(scale))
+        fail(where, "scale is " + std::to_string(scale) + ", expected a finite number");
     call.bias = contiguous(bias, {n_out});
     call.out = matrix(out, rows, n_out);
     call.residual = matrix(residual, rows, n_out);
@@ -233,7 +236,7 @@ void py_linear_forward(const py::buffer& x_, const py::buffer& weight_, const Ma
                    std::move(activated));
 }
 
-void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
+void py_linear_backward(const py::buffer& dout_, const MaybeBuffer& x_, const py::buffer& weight_,
                         const MaybeBuffer& dx_, const MaybeBuffer& dweight_, const MaybeBuffer& dbias_,
                         bool accumulate, const MaybeBuffer& pre_, const MaybeBuffer& activated_,
                         const std::string& activation) {
@@ -260,6 +263,7 @@ void py_linear_backward(const py::buffer& dout_, const py::buffer& x_, const py:
     call.pre = matrix(pre, rows, n_in);
     call.activated = matrix(activated, rows, n_in);
     call.gelu = gelu_named(where, activation);
+    if (dweight && !x) fail(where, "dweight is given without x");
     if (pre && !dx) fail(where, "pre is given without dx");
     if (activated && !pre) fail(where, "activated is given without pre");
     if (activated && dweight) fail(where, "activated is given with dweight, expected a call for each");
@@ -313,7 +317,7 @@ void py_layer_norm_forward(const py::buffer& x_, const py::buffer& weight_, cons
 
 void py_layer_norm_backward(const py::buffer& dout_, const py::buffer& x_, const py::buffer& weight_,
                             const py::buffer& mean_, const py::buffer& rstd_, const py::buffer& dx_,
-                            const py::buffer& dweight_, const MaybeBuffer& dbias_, bool add_to_dx,
+                            const MaybeBuffer& dweight_, const MaybeBuffer& dbias_, bool add_to_dx,
                             bool accumulate) {
     const char* where = "layer_norm backward";
     const MaybeArray dout(where, "dout", dout_, Access::kRead), x(where, "x", x_, Access::kRead),
@@ -572,10 +576,11 @@ void py_vector_math(const std::string& name, const py::buffer& x_, const py::buf
 
 void define_operations(py::module_& m) {
     using namespace py::literals;
-    m.def("linear_forward", &py_linear_forward, "x"_a, "weight"_a, "bias"_a.none(true), "out"_a,
-          py::kw_only(), "residual"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
-          "scales"_a = py::none(), "biases"_a = py::none(),
-          R"(out = x weight^T + bias + residual, or out = x weight^T + bias and activated = gelu(out).
+    m.def(
+        "linear_forward", &py_linear_forward, "x"_a, "weight"_a, "bias"_a.none(true), "out"_a, py::kw_only(),
+        "residual"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new", "scale"_a = 1.0,
+        "scales"_a = py::none(), "biases"_a = py::none(),
+        R"(out = scale x weight^T + bias + residual, or out = scale x weight^T + bias and activated = gelu(out).
 
 x: (rows, n_in); weight: (n_out, n_in); bias: (n_out,); out, residual, activated: (rows, n_out). Rows may lie
 apart. activation: gelu_new, GPT-2's tanh form, or gelu, the exact one.
@@ -583,10 +588,12 @@ apart. activation: gelu_new, GPT-2's tanh form, or gelu, the exact one.
 weight may be float32, float16, the bits of bfloat16 in uint16, or quantized as mx.quantize does it with 4 or 8
 bits: words in uint32, (n_out, n_in * bits / 32), with scales and biases (n_out, n_in / group) for groups of 32, 64
 or 128 elements, in any of those three. x is then quantized too where it has few rows, to 16 bits by groups.)");
-    m.def("linear_backward", &py_linear_backward, "dout"_a, "x"_a, "weight"_a, "dx"_a.none(true),
-          "dweight"_a.none(true), "dbias"_a.none(true), py::kw_only(), "accumulate"_a = false,
-          "pre"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
-          R"(Writes dx = dout weight, dweight = dout^T x and dbias, the sum over rows; None is not computed.
+    m.def(
+        "linear_backward", &py_linear_backward, "dout"_a, "x"_a.none(true), "weight"_a, "dx"_a.none(true),
+        "dweight"_a.none(true), "dbias"_a.none(true), py::kw_only(), "accumulate"_a = false,
+        "pre"_a = py::none(), "activated"_a = py::none(), "activation"_a = "gelu_new",
+        R"(Writes dx = dout weight, dweight = dout^T x and dbias, the sum over rows; None is not computed, and x may be
+None without dweight.
 
 With accumulate, dweight and dbias are added to. If x = gelu(pre), dx becomes the gradient of pre, and
 activated, if given, gelu(pre) again.)");
@@ -597,9 +604,12 @@ activated, if given, gelu(pre) again.)");
           "out"_a, "mean"_a, "rstd"_a,
           "out = (x - mean) * rstd * weight + bias by rows, x: (rows, C), rstd = 1 / sqrt(variance + eps). "
           "mean and rstd: (rows,) are written for the backward pass.");
-    m.def("layer_norm_backward", &py_layer_norm_backward, "dout"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a,
-          "dx"_a, "dweight"_a, "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false,
-          "accumulate"_a = false, "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias.");
+    m.def(
+        "layer_norm_backward", &py_layer_norm_backward, "dout"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a,
+        "dx"_a, "dweight"_a.none(true), "dbias"_a.none(true), py::kw_only(), "add_to_dx"_a = false,
+        "accumulate"_a = false,
+        "Writes dx, dweight and dbias, or adds to dx, or to dweight and dbias; of the latter two None is not "
+        "computed.");
     m.def("embedding_forward", &py_embedding_forward, "ids"_a, "tokens"_a, "positions"_a.none(true), "out"_a,
           py::kw_only(), "offsets"_a = py::none(), "scales"_a = py::none(), "biases"_a = py::none(),
           R"(out[b, t] = tokens[ids[b, t]] + positions[offsets[b] + t].

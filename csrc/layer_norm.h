@@ -10,7 +10,7 @@ void layer_norm_forward(int rows, int n, const float* x, const float* weight, co
 struct LayerNormBackward {
     int rows, n;
     const float *dout, *x, *weight, *mean, *rstd;
-    float *dx, *dweight, *dbias;  // dbias may be null
+    float *dx, *dweight, *dbias;  // dweight and dbias may be null
     bool add_to_dx;               // the gradient that came along the residual stream is in dx already
     bool accumulate;              // add to dweight and dbias
 };

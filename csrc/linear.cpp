@@ -14,11 +14,14 @@ Rows block_of(Rows a, Range rows, Range columns) {
 
 int as_int(ptrdiff_t n) { return static_cast<int>(n); }
 
-// Adds bias and residual, or bias and GELU, to a block of the output while it is in the cache.
+// Scales a block of the output, and adds bias and residual, or bias and GELU, while it is in the cache.
 void finish(const LinearForward& call, Range rows, Range columns) {
     const OpKernels& isa = *kernels().ops;
     const int m = as_int(rows.size), n = as_int(columns.size);
     const Rows out = block_of(call.out, rows, columns);
+    if (call.scale != 1.0F)  // an adapter's few columns: no kernel of its own
+        for (int row = 0; row < m; ++row)
+            for (int i = 0; i < n; ++i) out.data[row * out.stride + i] *= call.scale;
     const float* bias = call.bias == nullptr ? nullptr : call.bias + columns.begin;
     if (call.activated.data != nullptr)
         isa.bias_gelu(out, m, n, bias, call.gelu, block_of(call.activated, rows, columns));

@@ -14,6 +14,7 @@ struct LinearForward {
     int rows = 0, n_in = 0, n_out = 0;
     Rows x;
     Weights weight;
+    float scale = 1.0F;           // of the product, before what is added to it
     const float* bias = nullptr;  // (n_out,)
     Rows out;
     Rows residual;   // (rows, n_out), added to out
@@ -21,8 +22,9 @@ struct LinearForward {
     Gelu gelu = Gelu::kTanh;
 };
 
-/// Null outputs are not computed. The layer's x may itself be gelu(pre): then dx becomes the gradient of
-/// pre, and `activated` gets gelu(pre) again, so that the forward pass need not keep it.
+/// Null outputs are not computed, and x may be null without dweight. The layer's x may itself be gelu(pre):
+/// then dx becomes the gradient of pre, and `activated` gets gelu(pre) again, so that the forward pass need
+/// not keep it.
 struct LinearBackward {
     int rows = 0, n_in = 0, n_out = 0;
     Rows dout, x, weight;
@@ -33,8 +35,8 @@ struct LinearBackward {
     Gelu gelu = Gelu::kTanh;
 };
 
-/// Writes out = x W^T + bias + residual, and activated = gelu(out) where it is asked for (without residual).
-/// Up to kFewRows rows each come out as they would alone, to the bit.
+/// Writes out = scale x W^T + bias + residual, and activated = gelu(out) where it is asked for (without
+/// residual). Up to kFewRows rows each come out as they would alone, to the bit.
 void linear_forward(const LinearForward& call);
 
 /// Writes dx = dout W, dweight = dout^T x and dbias, the sum of dout's rows.

@@ -55,12 +55,13 @@ def linear_forward(
     residual: Buffer | None = None,
     activated: Buffer | None = None,
     activation: str = "gelu_new",
+    scale: float = 1.0,
     scales: Buffer | None = None,
     biases: Buffer | None = None,
 ) -> None: ...
 def linear_backward(
     dout: Buffer,
-    x: Buffer,
+    x: Buffer | None,
     weight: Buffer,
     dx: Buffer | None,
     dweight: Buffer | None,
@@ -83,7 +84,7 @@ def layer_norm_backward(
     mean: Buffer,
     rstd: Buffer,
     dx: Buffer,
-    dweight: Buffer,
+    dweight: Buffer | None,
     dbias: Buffer | None,
     *,
     add_to_dx: bool = False,

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 _core: Any = None
 if os.environ.get("MLXGPT_KERNELS") != "0" and find_spec("mlxgpt._core"):
@@ -81,10 +82,11 @@ def entry(method: Method) -> Method:
         arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
         if has_cache:
             return _run(None, method, model, arrays)
-        tape = _Tape(weights, [mx.zeros(w.shape) for w in weights] if model.training else [])
+        trained = list(model.trainable_weights().values())
+        tape = _Tape(trained, [mx.zeros(w.shape) for w in trained] if model.training else [])
 
         @mx.custom_function
-        def forward(*weights: mx.array) -> mx.array:
+        def forward(*trained: mx.array) -> mx.array:
             mx.eval(weights, tape.memory)
             return _run(tape, method, model, arrays)
 
@@ -92,7 +94,7 @@ def entry(method: Method) -> Method:
         def backward(weights: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
             return tape.backward(np.asarray(cotangent))
 
-        return forward(*weights)
+        return forward(*trained)
 
     return call  # type: ignore[return-value]
 
@@ -134,7 +136,7 @@ def add_gradients(
 ) -> mx.array:
     """A model's method marked `entry`, run on the kernels without MLX around it -> what it returns, a scalar.
 
-    weights are all of the model's; scale times their gradients is added to those of `gradients`, in place.
+    weights are all of the model's that are trained; scale times their gradients is added to those of `gradients`, in place.
     """
     tape = _Tape(weights, gradients, scale)
     arrays = [np.asarray(a) for a in args]
@@ -184,19 +186,35 @@ def adamw(
 class _Tape:
     """How gradients flow back: one step for each operation that ran, the last one first.
 
-    A gradient belongs to an array by identity (of a _Remade, by that of its source). Each step takes its output's
-    gradient off and puts its inputs' there, so that memory is free as soon as it can be.
+    Operations that no weight to be trained went into have no step, and what they made wants no gradient. A gradient
+    belongs to an array by identity (of a _Remade, by that of its source). Each step takes its output's gradient
+    off and puts its inputs' there, so that memory is free as soon as it can be.
     """
 
     def __init__(self, weights: list[mx.array], memory: list[mx.array], scale: float = 1.0) -> None:
-        self._weights = weights
-        self.memory = memory  # the weights' gradients; if empty, made by the backward pass
+        self._weights = weights  # those to be trained
+        self.memory = memory  # their gradients; if empty, made by the backward pass
         self.training = bool(memory)
         self.scale = np.float32(scale)  # what the gradient of a loss will be, as far as can be foretold
         self.steps: list[Callable[[_Tape], None]] = []
         self.output: np.ndarray | None = None
         self._activations: dict[int, np.ndarray] = {}
         self._parts: dict[int, Callable[[_Tape], np.ndarray]] = {}
+        self._wanted = {id(w) for w in weights}  # of weights and activations whose gradient is wanted
+
+    def record(self, step: Callable[[_Tape], None], output: np.ndarray, *inputs: Any) -> None:
+        """Notes how the gradient of an output flows back to those of its inputs that want one, if any does.
+
+        inputs are arrays, weights and None. What makes the gradients keeps the output in memory, and by that its
+        identity.
+        """
+        if any(map(self.wants, inputs)):
+            self._wanted.add(_identity(output))
+            self.steps.append(step)
+
+    def wants(self, array: Any) -> bool:
+        """Whether the gradient of a weight, or of an activation, is wanted."""
+        return _identity(array) in self._wanted
 
     @functools.cached_property
     def _of_weights(self) -> dict[int, mx.array]:
@@ -206,21 +224,24 @@ class _Tape:
         return {id(w): m for w, m in zip(self._weights, self.memory, strict=True)}
 
     def of(self, weight: mx.array | None) -> Any:
-        """The sum of a weight's gradients so far, for a kernel to add to. None of None."""
-        return None if weight is None else self._of_weights[id(weight)]
+        """The sum of a weight's gradients so far, for a kernel to add to. None of one that is frozen, and of None."""
+        return self._of_weights[id(weight)] if self.wants(weight) else None
 
-    def empty(self, array: np.ndarray | _Source) -> np.ndarray:
-        """Memory for a gradient of an array, to be written and put there."""
+    def empty(self, array: np.ndarray | _Source) -> np.ndarray | None:
+        """Memory for a gradient of an array, to be written and put there. None if it is not wanted."""
+        if not self.wants(array):
+            return None
         part = self._parts.get(_identity(array))
         return _empty(array.shape) if part is None else part(self)
 
     def part(self, array: np.ndarray, memory: Callable[[_Tape], np.ndarray]) -> None:
         """Says where the gradient of an array lies that is a part of another: what is put there is there."""
         self._parts[_identity(array)] = memory
+        self._wanted.add(_identity(array))
 
-    def put(self, array: np.ndarray | _Source, gradient: np.ndarray) -> None:
-        """Adds to the gradient of an array. The memory may be written to later."""
-        if _identity(array) in self._parts:
+    def put(self, array: np.ndarray | _Source | None, gradient: np.ndarray | None) -> None:
+        """Adds to the gradient of an array, if it is wanted. The memory may be written to later."""
+        if gradient is None or array is None or not self.wants(array) or _identity(array) in self._parts:
             return
         if (held := self._activations.get(_identity(array))) is None:
             self._activations[_identity(array)] = gradient
@@ -240,19 +261,22 @@ class _Tape:
         gradient[...] = cotangent
         output, self.output = self.output, None
         self._unwind(output, gradient)
-        return tuple(self.memory)
+        return tuple(self._of_weights.values())
 
-    def backward_again(self, call: Callable[[], np.ndarray], gradient: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Records a call, whose result's gradient is given, and goes back through it at once -> x's gradient."""
+    def backward_again(self, call: Callable[[], np.ndarray], gradient: np.ndarray, x: np.ndarray) -> np.ndarray | None:
+        """Records a call, whose result's gradient is given, and goes back through it at once -> x's gradient, if it is
+        wanted."""
         # A tape of its own, because arrays that are made now may have the identity of some that are gone.
         tape = _Tape(self._weights, list(self._of_weights.values()), float(self.scale))
+        if self.wants(x):
+            tape._wanted.add(_identity(x))
         _state.tape = tape
         try:
             output = call()
         finally:
             _state.tape = None
         tape._unwind(output, gradient)
-        return tape.take(x)
+        return tape.take(x) if self.wants(x) else None
 
     def _unwind(self, output: np.ndarray, gradient: np.ndarray) -> None:
         self._activations[_identity(output)] = gradient
@@ -273,7 +297,7 @@ class _Remade(np.ndarray):
     source: _Source
 
 
-def _identity(array: np.ndarray | _Source) -> int:
+def _identity(array: Any) -> int:
     return id(getattr(array, "source", array))
 
 
@@ -318,9 +342,9 @@ def _run_to_numpy(tape: _Tape | None, method: Callable[..., Any], model: Any, ar
     return output
 
 
-def _record(step: Callable[[_Tape], None]) -> None:
+def _record(step: Callable[[_Tape], None], output: np.ndarray, *inputs: Any) -> None:
     if _state.tape is not None:
-        _state.tape.steps.append(step)
+        _state.tape.record(step, output, *inputs)
 
 
 def _next_seed() -> int:
@@ -385,7 +409,7 @@ def _rows(x: np.ndarray | None) -> Any:
     return None if x is None else x.reshape(-1, x.shape[-1])
 
 
-def checkpointed(module: Callable[..., np.ndarray], x: np.ndarray, *args: Any) -> np.ndarray:
+def checkpointed(module: nn.Module, x: np.ndarray, *args: Any) -> np.ndarray:
     """module(x, *args), of which only x is kept: the backward pass calls it again, with the same dropout masks."""
     tape, seed = _state.tape, _state.seed
     _state.tape = None
@@ -400,7 +424,7 @@ def checkpointed(module: Callable[..., np.ndarray], x: np.ndarray, *args: Any) -
         _state.seed = seed
         tape.put(x, tape.backward_again(lambda: module(x, *args), tape.take(out), x))
 
-    _record(backward)
+    _record(backward, out, x, *(weight for _, weight in tree_flatten(module.parameters())))
     return out
 
 
@@ -426,13 +450,29 @@ def linear(
     kept = _kept(x)
 
     def backward(tape: _Tape) -> None:
-        dout, dx, rows = tape.take(out), tape.empty(kept), _rows(_made(kept))
-        _core.linear_backward(_rows(dout), rows, weight, _rows(dx), tape.of(weight), tape.of(bias), accumulate=True)
+        dout, dx, dweight = tape.take(out), tape.empty(kept), tape.of(weight)
+        rows = None if dweight is None else _rows(_made(kept))
+        _core.linear_backward(_rows(dout), rows, weight, _rows(dx), dweight, tape.of(bias), accumulate=True)
         tape.put(kept, dx)
-        if residual is not None:
-            tape.put(residual, dout)
+        tape.put(residual, dout)
 
-    _record(backward)
+    _record(backward, out, x, weight, bias, residual)
+    return out
+
+
+def scaled_linear(x: np.ndarray, weight: mx.array, scale: float) -> np.ndarray:
+    out = _empty((*x.shape[:-1], weight.shape[0]))
+    _core.linear_forward(_rows(x), weight, None, _rows(out), scale=scale)
+    kept = _kept(x)
+
+    def backward(tape: _Tape) -> None:
+        dout, dx, dweight = tape.take(out), tape.empty(kept), tape.of(weight)
+        dout *= np.float32(scale)
+        rows = None if dweight is None else _rows(_made(kept))
+        _core.linear_backward(_rows(dout), rows, weight, _rows(dx), dweight, None, accumulate=True)
+        tape.put(kept, dx)
+
+    _record(backward, out, x, weight)
     return out
 
 
@@ -452,18 +492,19 @@ def mlp(
     kept = _kept(x)
 
     def backward(tape: _Tape) -> None:
-        dout = tape.take(out)
-        dx, dh, activated = tape.empty(kept), _rows(_empty(h.shape)), _rows(_empty(h.shape))
-        rows = _rows(dout), _rows(h)
-        _core.linear_backward(*rows, proj, dh, None, None, pre=rows[1], activated=activated, activation=activation)
-        _core.linear_backward(rows[0], activated, proj, None, tape.of(proj), tape.of(proj_bias), accumulate=True)
-        rows = dh, _rows(_made(kept))
-        _core.linear_backward(*rows, fc, _rows(dx), tape.of(fc), tape.of(fc_bias), accumulate=True)
+        dout, dx, dfc, dproj = tape.take(out), tape.empty(kept), tape.of(fc), tape.of(proj)
+        dh, pre, rows = _rows(_empty(h.shape)), _rows(h), _rows(dout)
+        activated = None if dproj is None else _rows(_empty(h.shape))
+        _core.linear_backward(
+            rows, None, proj, dh, None, None, pre=pre, activated=activated, activation=activation
+        )
+        _core.linear_backward(rows, activated, proj, None, dproj, tape.of(proj_bias), accumulate=True)
+        rows = None if dfc is None else _rows(_made(kept))
+        _core.linear_backward(dh, rows, fc, _rows(dx), dfc, tape.of(fc_bias), accumulate=True)
         tape.put(kept, dx)
-        if added is not None:
-            tape.put(residual, dout)
+        tape.put(added, dout)
 
-    _record(backward)
+    _record(backward, out, x, added, fc, fc_bias, proj, proj_bias)
     return out if dropout_p == 0 else dropout(out, dropout_p, residual)
 
 
@@ -475,9 +516,11 @@ def embeddings(ids: np.ndarray, tokens: Any, positions: Any, offsets: np.ndarray
     _core.embedding_forward(ids, matrix, at, out, offsets=offsets, **parts)
 
     def backward(tape: _Tape) -> None:
-        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), _view(tape.of(positions))[:T])
+        dpositions = tape.of(positions)
+        dpositions = None if dpositions is None else _view(dpositions)[:T]
+        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), dpositions)
 
-    _record(backward)
+    _record(backward, out, tokens, positions)
     return out
 
 
@@ -496,13 +539,35 @@ def layer_norm(x: np.ndarray, weight: mx.array, bias: mx.array | None, eps: floa
     def backward(tape: _Tape) -> None:
         dout, add = tape.take(source), tape.has(x)  # what came along the residual stream is added to in place
         dx = tape.take(x) if add else tape.empty(x)
+        if dx is None:  # the kernel makes it all the same
+            dx = _empty(x.shape)
         _core.layer_norm_backward(
             _rows(dout), rows, weight, mean, rstd, _rows(dx), tape.of(weight), tape.of(bias),
             add_to_dx=add, accumulate=True,
         )  # fmt: skip
         tape.put(x, dx)
 
-    _record(backward)
+    _record(backward, out, x, weight, bias)
+    return out
+
+
+def gelu(x: np.ndarray, exact: bool) -> np.ndarray:
+    activation = "gelu" if exact else "gelu_new"
+
+    def make() -> np.ndarray:
+        out = _empty(x.shape)
+        _core.gelu_forward(_rows(x), _rows(out), activation)
+        return out
+
+    out = make().view(_Remade)
+    out.source = source = _Source(x.shape, make)
+
+    def backward(tape: _Tape) -> None:
+        gradient = tape.take(source)
+        _core.gelu_backward(_rows(x), _rows(gradient), activation)
+        tape.put(x, gradient)
+
+    _record(backward, out, x)
     return out
 
 
@@ -514,12 +579,12 @@ def dropout(x: np.ndarray, p: float, residual: np.ndarray | None) -> np.ndarray:
 
     def backward(tape: _Tape) -> None:
         dout, dx = tape.take(out), tape.empty(x)
-        _core.dropout(dout, None, p, seed, dx)
+        if dx is not None:
+            _core.dropout(dout, None, p, seed, dx)
         tape.put(x, dx)
-        if residual is not None:
-            tape.put(residual, dout)
+        tape.put(residual, dout)
 
-    _record(backward)
+    _record(backward, out, x, residual)
     return out
 
 
@@ -537,7 +602,7 @@ def _thirds(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = _thirds(qkv, n_head)
-    if (tape := _state.tape) is not None:
+    if (tape := _state.tape) is not None and tape.wants(qkv):
         for i, part in enumerate(parts):
 
             def memory(tape: _Tape, i: int = i) -> np.ndarray:
@@ -562,7 +627,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, dropout_p: float) -> 
         for array, gradient in zip((q, k, v), gradients, strict=True):
             tape.put(array, gradient)
 
-    _record(backward)
+    _record(backward, out, q, k, v)
     return out
 
 
@@ -578,7 +643,7 @@ def cached_attention(
 def merge_heads(y: np.ndarray) -> np.ndarray:
     B, n_head, T, head_dim = y.shape
     merged = y.swapaxes(1, 2).reshape(B, T, n_head * head_dim)  # no copy: attention writes (B, T, n_head, head_dim)
-    _record(lambda tape: tape.put(y, _heads_of(tape.take(merged), n_head)))
+    _record(lambda tape: tape.put(y, _heads_of(tape.take(merged), n_head)), merged, y)
     return merged
 
 
@@ -586,13 +651,13 @@ def linear_cross_entropy(x: np.ndarray, weight: Any, targets: np.ndarray) -> np.
     tape, rows = _state.tape, _rows(x)
     targets = np.ascontiguousarray(targets, np.int32).reshape(-1)
 
-    def loss_and_gradients(tape: _Tape) -> tuple[float, np.ndarray]:
-        dx = _empty(x.shape)
+    def loss_and_gradients(tape: _Tape) -> tuple[float, np.ndarray | None]:
+        dx = tape.empty(x)
         into = _rows(dx), tape.of(weight)
         return _core.linear_cross_entropy(rows, weight, targets, *into, accumulate=True, scale=tape.scale), dx
 
-    dx = None
-    if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
+    at_once = tape is not None and tape.training  # then the logits are made once for the loss and its gradient
+    if at_once:
         value, dx = loss_and_gradients(tape)
     else:
         matrix, parts = _stored(weight)
@@ -601,11 +666,12 @@ def linear_cross_entropy(x: np.ndarray, weight: Any, targets: np.ndarray) -> np.
 
     def backward(tape: _Tape) -> None:
         cotangent = tape.take(loss)
-        gradient = loss_and_gradients(tape)[1] if dx is None else dx
+        gradient = dx if at_once else loss_and_gradients(tape)[1]
         if cotangent != tape.scale:  # in MLX's graph, where no earlier gradient is in the weight's memory
-            gradient *= cotangent / tape.scale
-            _view(tape.of(weight))[...] *= cotangent / tape.scale
+            for array in (gradient, tape.of(weight)):
+                if array is not None:
+                    _view(array)[...] *= cotangent / tape.scale
         tape.put(x, gradient)
 
-    _record(backward)
+    _record(backward, loss, x, weight)
     return loss

@@ -10,6 +10,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from . import ops
 from .cache import KVCache
-from .config import GPTConfig
+from .config import GPTConfig, nearest
 
 
 class Weight(nn.Module):
@@ -41,7 +42,18 @@ class Linear(Weight):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None, dropout_p: float = 0.0) -> mx.array:
         """With dropout of what it returns, and the residual stream added to that."""
-        return ops.linear(x, self.matrix, self.get("bias"), residual, dropout_p)
+        matrix, bias = self.matrix, self.get("bias")
+        if not self.adapted:
+            return ops.linear(x, matrix, bias, residual, dropout_p)
+        low = ops.scaled_linear(x, self.lora_A, self.lora_scale)  # (..., rank)
+        added = residual if dropout_p == 0 else None
+        y = ops.linear(low, self.lora_B, None, ops.linear(x, matrix, bias, added))  # (..., n_out)
+        return y if dropout_p == 0 else ops.dropout(y, dropout_p, residual)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a correction of low rank is added to the matrix (lora.py): W + scale B A."""
+        return "lora_A" in self
 
 
 class Embedding(Weight):
@@ -183,6 +195,25 @@ class GPT(nn.Module):
     def named_weights(self) -> dict[str, mx.array]:
         """Every parameter by its name, as "h.0.attn.c_attn.weight". A tied head is wte and not there again."""
         return dict(tree_flatten(self.parameters()))  # type: ignore[arg-type]
+
+    def trainable_weights(self) -> dict[str, mx.array]:
+        """Those of named_weights() that are not frozen, in the same order."""
+        return dict(tree_flatten(self.trainable_parameters()))  # type: ignore[arg-type]
+
+    def freeze_named(self, beginnings: Iterable[str]) -> None:
+        """Freezes the parameters that have these names, or whose names go on from these after a dot: h.1 is the
+        second block, and not h.10. ValueError for one that fits none, and where none is left to train."""
+        modules, names = dict(self.named_modules()), list(self.named_weights())
+        parts = {".".join(name.split(".")[:n]): None for name in names for n in range(1, name.count(".") + 2)}
+        for beginning in beginnings:
+            if beginning not in parts:
+                raise ValueError(f"freeze: no parameter's name begins with '{beginning}'{nearest(beginning, parts)}")
+            for name in names:
+                if f"{name}.".startswith(f"{beginning}."):
+                    module, _, key = name.rpartition(".")
+                    modules[module].freeze(recurse=False, keys=key)
+        if not self.trainable_weights():
+            raise ValueError("freeze: it leaves no parameter to train")
 
     def n_params(self) -> int:
         """Number of parameters, a tied head's counted once."""

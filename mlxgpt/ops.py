@@ -154,6 +154,13 @@ def linear(
     return dropout(y, dropout_p, residual)
 
 
+def scaled_linear(x: Array, weight: mx.array, scale: float) -> Array:
+    """scale x W^T. x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
+    if isinstance(x, np.ndarray):
+        return kernels.scaled_linear(x, weight, scale)
+    return scale * (x @ weight.T)
+
+
 def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     """Rows of weight (V, C), one for each of ids (...), int32 in [0, V) -> (..., C)."""
     if isinstance(weight, Quantized):
@@ -185,11 +192,13 @@ def layer_norm(x: Array, weight: mx.array, bias: mx.array | None, eps: float) ->
     return mx.fast.layer_norm(x, weight, bias, eps)
 
 
-def gelu(x: mx.array, exact: bool) -> mx.array:
+def gelu(x: Array, exact: bool) -> Array:
     """x Phi(x), Phi the normal distribution's, element by element. x (...) -> (...).
 
     Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415: exact by erf, else GPT-2's tanh form.
     """
+    if isinstance(x, np.ndarray):
+        return kernels.gelu(x, exact)
     if exact:
         return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
@@ -197,7 +206,7 @@ def gelu(x: mx.array, exact: bool) -> mx.array:
 
 def mlp(x: Array, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: Array, dropout_p: float) -> Array:
     """residual + dropout(c_proj(gelu(c_fc(x)))), of two linear layers. x, residual (..., C) -> (..., C)."""
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and not (c_fc.adapted or c_proj.adapted):
         return kernels.mlp(x, c_fc, c_proj, exact, residual, dropout_p)
     return c_proj(gelu(c_fc(x), exact), residual, dropout_p)  # (..., C) -> (..., 4C) -> (..., C)
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce
 
 from . import kernels
 from .config import TrainConfig
@@ -66,35 +66,37 @@ class AdamW(mlx.optimizers.Adam):
         return norm
 
     def own_weights(self, model: Any) -> list[mx.array]:
-        """A model's parameters in memory that nobody else holds, to be updated in place, and so the averages.
+        """A model's parameters to be trained, in memory that nobody else holds, to be updated in place, and so the
+        averages.
 
         They are copied the first time, and when somebody has put other arrays into the model or the state.
         """
-        weights = list(model.named_weights().values())
+        weights = list(model.trainable_weights().values())
         if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
             del weights
             _own(model)
             _own(self.state)
             self._own_state = self.state
-            self._own = weights = list(model.named_weights().values())
+            self._own = weights = list(model.trainable_weights().values())
             averages = list(self.averages(model).values())
             self._averages = averages[: len(weights)], averages[len(weights) :]
         return weights
 
     def averages(self, model: Any) -> dict[str, mx.array]:
         """Of a model's gradients, by the names "m.wte.weight", and then of their squares, "v.wte.weight"; the arrays
-        themselves, which a step may update in place."""
+        themselves, which a step may update in place. Frozen parameters have none."""
         state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
-        return {f"{average}.{name}": state[f"{name}.{average}"] for average in "mv" for name in model.named_weights()}
+        names = model.trainable_weights()
+        return {f"{average}.{name}": state[f"{name}.{average}"] for average in "mv" for name in names}
 
     def restore(self, model: Any, step: int, averages: dict[str, mx.array]) -> None:
         """Goes on from the averages, named as averages() does, after `step` steps."""
-        state = [
-            (f"{name}.{average}", averages[f"{average}.{name}"]) for name in model.named_weights() for average in "mv"
-        ]
-        self.init(model.parameters())
+        names = model.trainable_weights()
+        state = {f"{name}.{average}": averages[f"{average}.{name}"] for name in names for average in "mv"}
+        state["step"] = mx.array(step, mx.uint64)
+        self.init(model.trainable_parameters())
         # the same dictionary as before, since a compiled step holds it
-        self.state.update({**tree_unflatten(state), "step": mx.array(step, mx.uint64)})
+        self.state.update(tree_map_with_path(lambda name, array: state.get(name, array), self.state))
         self._own_state = None
 
 

@@ -31,19 +31,23 @@ class Trainer:
         """Weights and state are the same on all ranks of the group, if the process is one of several."""
         self.model, self.config, self.group = model, config, group or Group()
         self.optimizer = AdamW(config)
-        self.optimizer.init(model.parameters())
+        self.optimizer.init(model.trainable_parameters())
         self.steps = 0  # taken or skipped
         self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
         model.grad_checkpoint = config.grad_checkpoint
         compute = getattr(mx, config.dtype)
 
-        def loss(weights: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
+        def cast(weights: dict[str, Any]) -> None:
             model.update(tree_map(lambda w: w.astype(compute), weights))
+
+        def loss(trained: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
+            cast(trained)
             return model.loss(x, y)
 
         def with_weights(function: Callable[..., Any], x: mx.array, y: mx.array) -> Any:
-            weights = model.parameters()
-            result = function(weights, x, y)
+            weights, trained = model.parameters(), model.trainable_parameters()
+            cast(weights)  # the frozen ones here, where no gradient is taken
+            result = function(trained, x, y)
             model.update(weights)  # the float32 ones again
             return result
 
