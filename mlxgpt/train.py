@@ -16,8 +16,21 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from . import checkpoint, cli, data, dataset, device, distributed, kernels, loggers, ops, plot, report, start
-from . import training_state
+from . import (
+    checkpoint,
+    cli,
+    data,
+    dataset,
+    device,
+    distributed,
+    kernels,
+    loggers,
+    ops,
+    plot,
+    report,
+    start,
+    training_state,
+)
 from .config import TrainConfig, settings
 from .decoding import Decoder
 from .model import GPT
