@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 from rich.console import Console
 
-from . import checkpoint, cli, data, kernels, ops, report, tokenizer
+from . import checkpoint, cli, data, kernels, ops, report, tokenizer, training_state
 from .config import GPTConfig, TrainConfig, settings
 from .decoding import Decoder
 from .model import GPT
@@ -27,7 +26,7 @@ from .training import Trainer
 
 
 class Run:
-    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the models best/ and last/."""
+    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the checkpoints."""
 
     def __init__(self, config: TrainConfig, console: Console, vocab_given: bool) -> None:
         self.config, self.console = config, console
@@ -41,7 +40,7 @@ class Run:
         elif model_config.vocab_size < self.tokenizer.vocab_size:
             least = f"at least the tokenizer's {self.tokenizer.vocab_size}"
             raise ValueError(f"vocab_size is {model_config.vocab_size}, expected {least}")
-        record = checkpoint.load_training_record(source) if source and config.resume else None
+        record = training_state.load_training_record(source) if source and config.resume else None
         self.first_step = record["step"] if record else 0  # of optimizer steps taken before this run
         if self.first_step >= config.max_iters:
             raise ValueError(f"max_iters is {config.max_iters}, but {source} has done {self.first_step} steps already")
@@ -63,10 +62,11 @@ class Run:
             _put_weights(self.model, checkpoint.load_model(source))
         self.trainer = Trainer(self.model, config)
         if source and record:
-            checkpoint.load_training_state(source, self.model, self.trainer.optimizer)
+            training_state.load_training_state(source, self.model, self.trainer.optimizer)
             self.trainer.steps = self.first_step
         home = _run_of(source, config) if source and record else None
         self.out_dir = home or _make_out_dir(config)
+        self.checkpoints = training_state.Checkpoints(self.out_dir, config.keep_last)
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl", after=self.first_step if home else None)
         self.best, self.best_step = math.inf, 0
         if record and (self.out_dir / "best").is_dir() and record["best_val_loss"] is not None:
@@ -106,22 +106,25 @@ class Run:
         first, micro_batches = self.first_step, config.gradient_accumulation_steps
         if first not in self.metrics.curve("val_loss")[0]:
             self._evaluate()
-        with report.Progress(self.console, first, config.max_iters, tokens_per_step) as progress, interrupted:
-            for step in range(first + 1, config.max_iters + 1):
-                batches = [self.batches.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
-                lr = learning_rate(config, step - 1)
-                losses.append(self.trainer.step(batches))
-                last = step == config.max_iters or interrupted.asked
-                if step % config.log_interval == 0 or step == first + 1 or last:
-                    loss = self._finite(float(mx.stack(losses).mean()))
-                    speed = progress.log(step, loss, lr)
-                    self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
-                    losses = []
-                if step % config.eval_interval == 0 or last:
-                    with progress.paused():
-                        self._evaluate()
-                if last:
-                    break
+        try:
+            with report.Progress(self.console, first, config.max_iters, tokens_per_step) as progress, interrupted:
+                for step in range(first + 1, config.max_iters + 1):
+                    batches = [self.batches.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
+                    lr = learning_rate(config, step - 1)
+                    losses.append(self.trainer.step(batches))
+                    last = step == config.max_iters or interrupted.asked
+                    if step % config.log_interval == 0 or step == first + 1 or last:
+                        loss = self._finite(float(mx.stack(losses).mean()))
+                        speed = progress.log(step, loss, lr)
+                        self.metrics.add(step=step, loss=loss, lr=lr, tokens_per_s=speed)
+                        losses = []
+                    if step % config.eval_interval == 0 or last:
+                        with progress.paused():
+                            self._evaluate()
+                    if last:
+                        break
+        finally:
+            self.checkpoints.wait()
         self._summary()
 
     def _evaluate(self) -> None:
@@ -134,10 +137,9 @@ class Run:
         if step == self.first_step:
             return
         if best:
-            checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
             self.best, self.best_step = loss, step
-        state = checkpoint.TrainingState(self.trainer.optimizer, step, self.best, _settings_of_run(self.config))
-        checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer, state)
+        state = training_state.TrainingState(self.trainer.optimizer, step, self.best, _settings_of_run(self.config))
+        self.checkpoints.save(self.model, self.tokenizer, state, best)
         report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
         if self.config.sample_tokens:
             report.say(self.console, _indented(self.sample()), "dim")
@@ -209,7 +211,7 @@ def _tokenizer(config: TrainConfig, corpus: data.Corpus) -> tokenizer.Tokenizer:
 def _source(given: Mapping[str, Any]) -> Path | None:
     """The model directory that a run starts from or goes on with. FileNotFoundError."""
     if given.get("resume"):
-        return checkpoint.find_training_state(Path(str(given["resume"])).expanduser())
+        return training_state.find(Path(str(given["resume"])).expanduser())[0]
     if given.get("init_from"):
         return checkpoint.find_model(Path(str(given["init_from"])).expanduser(), "init_from")
     return None
@@ -223,7 +225,7 @@ def _inherited(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     values = {**vars(checkpoint.load_config(source)), "tokenizer": _kind(tokenizer.load(source))}
     if given.get("resume"):
-        record = checkpoint.load_training_record(source)
+        record = training_state.load_training_record(source)
         values = {**{n: record[n] for n in ("beta1", "beta2", "weight_decay")}, **record["settings"], **values}
     return values
 
@@ -249,11 +251,11 @@ def _put_weights(model: GPT, other: GPT) -> None:
 
 
 def _run_of(source: Path, config: TrainConfig) -> Path | None:
-    """The directory of the run whose last model it is, to go on writing there, unless out_dir names another."""
-    run = source.resolve().parent
-    if source.resolve().name != "last" or not (run / "metrics.jsonl").exists():
+    """The directory of the run whose checkpoint it is, to go on writing there, unless out_dir names another."""
+    run = training_state.run_of(source)
+    if run is None or not (run / "metrics.jsonl").exists():
         return None
-    return source.parent if not config.out_dir or Path(config.out_dir).expanduser().resolve() == run else None
+    return run if not config.out_dir or Path(config.out_dir).expanduser().resolve() == run.resolve() else None
 
 
 def _settings_of_run(config: TrainConfig) -> dict[str, Any]:
@@ -269,8 +271,7 @@ def _make_out_dir(config: TrainConfig) -> Path:
         if (path / "metrics.jsonl").exists() or (path / "config.json").exists():
             if not config.overwrite:
                 raise ValueError(f"out_dir: {path} already holds a run; give another, or --overwrite")
-            for model in ("best", "last"):
-                shutil.rmtree(path / model, ignore_errors=True)
+            training_state.clear(path)
     else:
         names = (f"runs/{config.preset}{n}" for n in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
         path = next(Path(name) for name in names if not Path(name).exists())
