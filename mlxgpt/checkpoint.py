@@ -2,30 +2,23 @@
 
 `config.json`, `model.safetensors` and the tokenizer's files, as transformers and mlx_lm open them. Their
 linear weights are (n_in, n_out), Conv1D's layout, ours (n_out, n_in); a tied head is left out.
-A directory, and each file replaced in it, appears whole or not at all.
+A directory appears whole or not at all.
 
 Directories that mlx_lm itself has written are read too. Their names begin with `model.`, and their linear weights
 are (n_out, n_in). In one that is quantized `config.json` holds `"quantization": {"group_size": 64, "bits": 4}`, and
 `model.safetensors` three tensors for each matrix (n_out, n_in) whose rows can be cut into groups, wte and wpe among
 them: NAME.weight, uint32 (n_out, n_in bits / 32), and NAME.scales and NAME.biases, (n_out, n_in / group_size).
 A weight is scale * number + bias. `quantize` and `config_json` make such a directory's content.
-
-Training state lies beside a model in two files. `optimizer.safetensors` holds AdamW's averages of the gradients and of
-their squares, m.NAME and v.NAME for each parameter, float32, by our names and in our layout. `training.json` holds
-"format": 1; "step", the optimizer's steps so far; "learning_rate" (of the last step), "beta1", "beta2", "eps" and
-"weight_decay"; "best_val_loss", or null; and "settings", values of TrainConfig.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,72 +27,47 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from . import kernels, safetensors_file
-from .config import GPTConfig, TrainConfig, from_dict
+from .config import GPTConfig, from_dict
 from .model import GPT
-from .optim import AdamW
 from .safetensors_file import Tensor
 from .tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1  # of what the object `mlxgpt` in config.json says
-OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
-TRAINING_FORMAT = 1
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """What training goes on from, beside the model."""
-
-    optimizer: AdamW
-    step: int
-    best_val_loss: float | None
-    settings: Mapping[str, Any]  # of TrainConfig, by their flat names
-
-
-def save_model(
-    directory: Path, model: GPT, tokenizer: Tokenizer | None = None, training: TrainingState | None = None
-) -> None:
+def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model directory, over one that is there. Until it is complete the old one stays as it was.
 
-    Training state that was there goes; what `training` says takes its place.
     OSError when the disk is full or can't be written.
     """
-    content = {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
-    try:
-        _save(directory, content, model, training)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OSError(f"{directory}: the model can't be written: {reason}") from None
-
-
-def _save(directory: Path, content: dict[str, bytes], model: GPT, training: TrainingState | None) -> None:
-    same = directory.is_dir() and all(_content(directory / name) == data for name, data in content.items())
-    if same and not training and not (directory / TRAINING).exists():
-        # Only the weights are new: one atomic rename.
-        temporary = directory / f".{os.getpid()}.{WEIGHTS}"
-        try:
-            _write_weights(temporary, model)
-            os.replace(temporary, directory / WEIGHTS)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
-        for name, data in content.items():
-            write_file(temporary / name, data)
-        _write_weights(temporary / WEIGHTS, model)
-        if training:
-            save_training_state(temporary, model, training)
-        if directory.exists():
-            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-            os.rename(directory, old)
-            os.rename(temporary, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, directory)
+        temporary.mkdir(parents=True)
+        for name, content in small_files(model, tokenizer).items():
+            write_file(temporary / name, content)
+        safetensors_file.write(temporary / WEIGHTS, weight_tensors(model), sync=True)
+        put(temporary, directory)
+    except OSError as error:
+        raise OSError(f"{directory}: the model can't be written: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put(directory: Path, destination: Path) -> None:
+    """Renames a directory, over one that is there."""
+    if not destination.exists():
+        os.rename(directory, destination)
+        return
+    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")  # one that isn't empty can't be replaced
+    os.rename(destination, old)
+    os.rename(directory, destination)
+    shutil.rmtree(old)
+
+
+def small_files(model: GPT, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """What a model directory holds beside the weights."""
+    return {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -116,16 +84,22 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def find_model(path: Path, setting: str = "model") -> Path:
-    """The model directory that a setting's path names: itself, or the best model of a training run's directory.
+    """The model directory that a setting's path names: itself, or of a training run's directory the best model,
+    or the newest if none has been evaluated yet.
 
     FileNotFoundError if it is neither.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{setting}: there is no directory {path}")
-    for directory in (path, path / "best"):
+    for directory in map(followed, (path, path / "best", path / "last")):
         if (directory / "config.json").exists():
             return directory
     raise FileNotFoundError(f"{setting}: {path} is not a model directory: it has no config.json")
+
+
+def followed(link: Path) -> Path:
+    """What a link names now, since a run that goes on turns its links between one read and the next."""
+    return link.parent / os.readlink(link) if link.is_symlink() else link
 
 
 def load_config(directory: Path) -> GPTConfig:
@@ -147,9 +121,9 @@ def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
     ours, quantization = (config.get(key) or {} for key in keys) if isinstance(config, dict) else (None, None)
     if not isinstance(ours, dict) or not isinstance(quantization, dict):
         raise ValueError(f"{path}: not the configuration of a model")
+    require_format(path, "mlxgpt.format", ours.get("format", FORMAT), FORMAT)
     rules: dict[str, tuple[Any, list[Any]]] = {
         "model_type": (config.get("model_type"), ["gpt2"]),
-        "mlxgpt.format": (ours.get("format", FORMAT), list(range(1, FORMAT + 1))),
         "activation_function": (config.get("activation_function", "gelu_new"), ["gelu_new", "gelu"]),
         "scale_attn_weights": (config.get("scale_attn_weights", True), [True]),
         "scale_attn_by_inverse_layer_idx": (config.get("scale_attn_by_inverse_layer_idx", False), [False]),
@@ -182,7 +156,7 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     unknown and misshapen tensors, or names one that holds a value that is not finite.
     """
     (config, quantization), path = _read_config(directory), directory / WEIGHTS
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     conv1d = not any(name.startswith("model.") for name in tensors)  # mlx_lm's names come with our layout
     tensors = {name.removeprefix("transformer.").removeprefix("model."): t for name, t in tensors.items()}
     packed: dict[str, tuple[Tensor, ...]] = {}
@@ -200,12 +174,12 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     if not config.bias:  # the zeros that other programs want to see
         tensors = {name: t for name, t in tensors.items() if name in expected or not _is_zero_bias(name, t)}
     turned = is_conv1d if conv1d else None
-    _check(tensors, expected, path, turned)
+    check_tensors(tensors, expected, path, turned)
     if dtype is None and not conv1d and kernels.reads(quantization.get("bits", 0)):
         for name in [name for name in packed if name in expected and name != "wpe.weight"]:
             del tensors[name]
             _quantize(model, name.removesuffix(".weight"), packed[name], quantization["group_size"], path)
-    weights = _arrays(tensors, path, dtype, turned)
+    weights = load_arrays(tensors, path, dtype, turned)
     if dtype is None and "wpe.weight" in packed and not kernels.available():  # float32 would make all of it float32
         weights["wpe.weight"] = weights["wpe.weight"].astype(_mlx_dtype(packed["wpe.weight"][1].dtype))
     model.update(tree_unflatten(list(weights.items())))
@@ -225,13 +199,22 @@ def _quantize(model: GPT, path: str, parts: tuple[Tensor, ...], group_size: int,
     module.group_size = group_size
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def require_format(path: Path, name: str, value: Any, newest: int) -> None:
+    """ValueError for a file of a format that this version doesn't know."""
+    if type(value) is int and value > newest:
+        raise ValueError(f"{path}: {name} is {value}, this version reads up to {newest}; nothing was changed")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{path}: {name} is {value!r}, expected 1{f' to {newest}' if newest > 1 else ''}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in a model directory, none of them read yet. FileNotFoundError, ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     return safetensors_file.read(path)
 
 
-def _check(
+def check_tensors(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
     path: Path,
@@ -253,7 +236,7 @@ def _check(
         raise ValueError(f"{path}: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
 
 
-def _arrays(
+def load_arrays(
     tensors: Mapping[str, Tensor],
     path: Path,
     dtype: mx.Dtype | None = mx.float32,
@@ -326,79 +309,6 @@ def _empty_arrays(like: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, 
             break
         time.sleep(1e-4)
     return arrays  # type: ignore[return-value]
-
-
-def save_training_state(directory: Path, model: GPT, training: TrainingState) -> None:
-    """Writes the two files of training state into a directory. OSError; RuntimeError from MLX."""
-    optimizer = training.optimizer
-    _write_tensors(directory / OPTIMIZER, optimizer.averages(model))
-    record = training_json(
-        step=training.step, learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0],
-        beta2=optimizer.betas[1], eps=optimizer.eps, weight_decay=optimizer.weight_decay,
-        best_val_loss=training.best_val_loss, settings=training.settings,
-    )  # fmt: skip
-    write_file(directory / TRAINING, record)
-
-
-def training_json(
-    *, step: int, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-    best_val_loss: float | None, settings: Mapping[str, Any],
-) -> bytes:  # fmt: skip
-    """The content of training.json. ValueError for a number that is not finite."""
-    values = dict(
-        format=TRAINING_FORMAT, step=step, learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps,
-        weight_decay=weight_decay, best_val_loss=best_val_loss, settings=dict(settings),
-    )  # fmt: skip
-    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
-
-
-def find_training_state(path: Path) -> Path:
-    """The directory with training state that a path names: itself, or `last` in a training run's directory.
-
-    FileNotFoundError if it is neither.
-    """
-    for directory in (path, path / "last"):
-        if (directory / TRAINING).exists():
-            return directory
-    raise FileNotFoundError(f"resume: {path} holds no training state: it has no {TRAINING}")
-
-
-def load_training_record(directory: Path) -> dict[str, Any]:
-    """What training.json says. FileNotFoundError; ValueError that names what is wrong with it."""
-    path = directory / TRAINING
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{path}: not a training state")
-    if record.get("format") != TRAINING_FORMAT:
-        raise ValueError(f"{path}: format is {record.get('format')!r}, expected {TRAINING_FORMAT}")
-    for name in ("step", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss"):
-        value, kind = record.get(name), int if name == "step" else (int, float)
-        if value is None and name == "best_val_loss":
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf:
-            expected = "a whole number of steps" if kind is int else "a number of at least 0"
-            raise ValueError(f"{path}: {name} is {value!r}, expected {expected}")
-    from_dict(TrainConfig, record["settings"], source=str(path))
-    return record
-
-
-def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[str, Any]:
-    """Puts the training state of a model into its optimizer, whole or not at all -> what training.json says.
-
-    The averages, the step and eps go into the optimizer; its learning rate, betas and decay are its config's.
-    FileNotFoundError; ValueError that lists missing, unknown and misshapen averages, or names what is wrong.
-    """
-    record, path = load_training_record(directory), directory / OPTIMIZER
-    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
-    tensors = _read_tensors(path)
-    _check(tensors, expected, path)
-    averages = _arrays(tensors, path)
-    optimizer.restore(model, record["step"], averages)
-    optimizer.eps = record["eps"]
-    return record
 
 
 _CONFIG_KEYS = {  # GPTConfig's fields and GPT2Config's keys
@@ -500,19 +410,23 @@ def config_json(
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _write_weights(path: Path, model: GPT) -> None:
-    """model.safetensors, on the disk when this returns."""
-    weights = {
-        file_name(name, model.config): mx.contiguous(p.T) if is_conv1d(name) else p
-        for name, p in with_zero_biases(model.named_weights(), model.config).items()
-    }
-    _write_tensors(path, weights)
+def weight_tensors(model: GPT) -> dict[str, Tensor]:
+    """What model.safetensors holds of a model, in the model's own memory."""
+    weights = with_zero_biases(model.named_weights(), model.config)
+    return {file_name(name, model.config): t for name, t in array_tensors(weights, is_conv1d).items()}
 
 
-def _write_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
-    mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def array_tensors(
+    arrays: Mapping[str, mx.array], turned: Callable[[str], bool] = lambda name: False
+) -> dict[str, Tensor]:
+    """MLX arrays in their own memory, evaluated, so that any thread may read them; matrices that are `turned` so."""
+    of_numpy = {name: a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for name, a in arrays.items()}
+    mx.eval(of_numpy)
+    tensors = {}
+    for name, a in of_numpy.items():
+        x = np.array(a, copy=False).T if turned(name) else np.array(a, copy=False)
+        tensors[name] = Tensor(str(arrays[name].dtype).removeprefix("mlx.core."), x.shape, x.view)
+    return tensors
 
 
 def with_zero_biases(weights: dict[str, mx.array], config: GPTConfig) -> dict[str, mx.array]:
@@ -541,7 +455,3 @@ def is_conv1d(name: str) -> bool:
 
 def _is_zero_bias(name: str, tensor: Tensor) -> bool:
     return name.endswith(".bias") and not mx.any(_array(tensor)).item()
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import checkpoint, gguf_file, safetensors_file, tokenizer, torch_file
+from . import checkpoint, gguf_file, safetensors_file, tokenizer, torch_file, training_state
 from .config import GPTConfig, from_dict
 from .model import GPT
 from .safetensors_file import Tensor
@@ -55,7 +55,7 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)  # tensors left behind, and why
     notes: list[str] = field(default_factory=list)  # what a person should know
     averages: dict[str, Tensor] = field(default_factory=dict)  # AdamW's: m.<name>, v.<name>
-    training: dict[str, Any] = field(default_factory=dict)  # beside them, what checkpoint.training_json takes
+    training: dict[str, Any] = field(default_factory=dict)  # beside them, what training_json takes
     nanogpt: dict[str, Any] = field(default_factory=dict)  # its iter_num, best_val_loss and config, to go back
 
     @property
@@ -158,17 +158,17 @@ def _hugging_face(
     model.tokenizer_files = _tokenizer_files(directory)
     if not model.tokenizer_files:
         _add_tokenizer(model, directory, meta)
-    if configured and (directory / checkpoint.TRAINING).is_file():
+    if configured and (directory / training_state.TRAINING).is_file():
         _add_training_state(model, directory)
     return model
 
 
 def _add_training_state(model: Checkpoint, directory: Path) -> None:
     """That of a model directory of ours."""
-    record = checkpoint.load_training_record(directory)
+    record = training_state.load_training_record(directory)
     names = ("step", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss", "settings")
     model.training = {name: record[name] for name in names}
-    averages, path = safetensors_file.read(directory / checkpoint.OPTIMIZER), directory / checkpoint.OPTIMIZER
+    averages, path = safetensors_file.read(directory / training_state.OPTIMIZER), directory / training_state.OPTIMIZER
     expected = {f"{average}.{name}": t.shape for average in "mv" for name, t in model.tensors.items()}
     if {name: t.shape for name, t in averages.items()} != expected:
         raise ValueError(f"{path}: its averages are not those of the model's {len(model.tensors)} parameters")
@@ -641,14 +641,14 @@ def write_directory(directory: Path, model: Checkpoint, bits: int, done: Callabl
     if model.nanogpt:
         files[NANOGPT] = (json.dumps(model.nanogpt, indent=2) + "\n").encode()
     if model.training:
-        files[checkpoint.TRAINING] = checkpoint.training_json(**model.training)
+        files[training_state.TRAINING] = training_state.training_json(**model.training)
     for name, content in files.items():
         checkpoint.write_file(directory / name, content)
     tensors = quantized_tensors(model, bits) if bits else hugging_face_tensors(model)
     safetensors_file.write(directory / checkpoint.WEIGHTS, tensors, done)
     if model.averages:
         averages = {name: cast(name, t, "float32") for name, t in model.averages.items()}
-        safetensors_file.write(directory / checkpoint.OPTIMIZER, averages, done)
+        safetensors_file.write(directory / training_state.OPTIMIZER, averages, done)
 
 
 def write_nanogpt(directory: Path, model: Checkpoint, done: Callable[[int], None]) -> None:

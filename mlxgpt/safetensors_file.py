@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ DTYPES = {
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _MOST_HEADER = 100_000_000  # bytes, the format's own rule
+_PIECE = 1 << 20  # bytes, written while they are in the cache since they were summed
 _NOT_WORTH_MAPPING = 65536  # bytes, which are read in less time
 
 
@@ -105,15 +107,36 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], done: Callable[[int], None] = lambda n: None) -> None:
-    """Writes a file; `done` hears of bytes written. One tensor is held at a time."""
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    done: Callable[[int], None] = lambda n: None,
+    digest: Any = None,
+    sync: bool = False,
+) -> None:
+    """Writes a file; `done` hears of bytes written. One tensor is held at a time.
+
+    `digest`, one of hashlib's, is updated with all that is written; with `sync` the file is on the disk when this
+    returns.
+    """
     with open(path, "wb") as file:
-        file.write(header(tensors))
+
+        def write(content: memoryview) -> None:
+            for start in range(0, len(content), _PIECE):
+                piece = content[start : start + _PIECE]
+                if digest is not None:
+                    digest.update(piece)
+                file.write(piece)
+
+        write(memoryview(header(tensors)))
         for tensor in tensors.values():
             array = np.ascontiguousarray(tensor.read(), numpy_dtype(tensor.dtype))
-            file.write(array.reshape(-1).view(np.uint8).data)  # (bytes,), not copied
+            write(array.reshape(-1).view(np.uint8).data)  # (bytes,), not copied
             done(array.nbytes)
             del array
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
