@@ -10,10 +10,13 @@ are (n_out, n_in). In one that is quantized `config.json` holds `"quantization":
 them: NAME.weight, uint32 (n_out, n_in bits / 32), and NAME.scales and NAME.biases, (n_out, n_in / group_size).
 A weight is scale * number + bias. `quantize` and `config_json` make such a directory's content.
 
+A model with adapters has these in the place of `model.safetensors`, and is read together with the model that they
+correct: see lora.py.
+
 Training state lies beside a model in two files. `optimizer.safetensors` holds AdamW's averages of the gradients and of
-their squares, m.NAME and v.NAME for each parameter, float32, by our names and in our layout. `training.json` holds
-"format": 1; "step", the optimizer's steps so far; "learning_rate" (of the last step), "beta1", "beta2", "eps" and
-"weight_decay"; "best_val_loss", or null; and "settings", values of TrainConfig.
+their squares, m.NAME and v.NAME for each parameter that is not frozen, float32, by our names and in our layout.
+`training.json` holds "format": 1; "step", the optimizer's steps so far; "learning_rate" (of the last step), "beta1",
+"beta2", "eps" and "weight_decay"; "best_val_loss", or null; and "settings", values of TrainConfig.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from . import kernels, safetensors_file
+from . import kernels, lora, safetensors_file
 from .config import GPTConfig, TrainConfig, from_dict
 from .model import GPT
 from .optim import AdamW
@@ -60,11 +63,13 @@ def save_model(
     directory: Path, model: GPT, tokenizer: Tokenizer | None = None, training: TrainingState | None = None
 ) -> None:
     """Writes a model directory, over one that is there. Until it is complete the old one stays as it was.
+    Of a model with adapters the adapters alone.
 
     Training state that was there goes; what `training` says takes its place.
     OSError when the disk is full or can't be written.
     """
     content = {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
+    content |= lora.files(model)
     try:
         _save(directory, content, model, training)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
@@ -73,22 +78,23 @@ def save_model(
 
 
 def _save(directory: Path, content: dict[str, bytes], model: GPT, training: TrainingState | None) -> None:
-    same = directory.is_dir() and all(_content(directory / name) == data for name, data in content.items())
+    name, tensors = weights_file(model)
+    same = (directory / name).exists() and all(_content(directory / file) == data for file, data in content.items())
     if same and not training and not (directory / TRAINING).exists():
         # Only the weights are new: one atomic rename.
-        temporary = directory / f".{os.getpid()}.{WEIGHTS}"
+        temporary = directory / f".{os.getpid()}.{name}"
         try:
-            _write_weights(temporary, model)
-            os.replace(temporary, directory / WEIGHTS)
+            _write_tensors(temporary, tensors)
+            os.replace(temporary, directory / name)
         finally:
             temporary.unlink(missing_ok=True)
         return
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        for name, data in content.items():
-            write_file(temporary / name, data)
-        _write_weights(temporary / WEIGHTS, model)
+        for file, data in content.items():
+            write_file(temporary / file, data)
+        _write_tensors(temporary / name, tensors)
         if training:
             save_training_state(temporary, model, training)
         if directory.exists():
@@ -174,13 +180,22 @@ def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
 
 
 def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
-    """The model in a directory, ready for evaluation.
+    """The model in a directory, ready for evaluation; adapters are merged with their base, in float32.
 
     Its weights are of a floating-point type whatever the file holds, or if that is None as they lie in the file:
     in half precision, or quantized. On the CPU's kernels vectors and positions are float32 all the same, and so are
     matrices of a quantization that there is no kernel for. FileNotFoundError; ValueError that lists missing,
     unknown and misshapen tensors, or names one that holds a value that is not finite.
     """
+    if lora.is_in(directory):
+        model = load_base(directory)
+        lora.add(model, lora.read(directory))
+        load_adapters(directory, model)
+        lora.merge(model)
+        if dtype is not None:
+            model.set_dtype(dtype)
+            mx.eval(model.parameters())
+        return model
     (config, quantization), path = _read_config(directory), directory / WEIGHTS
     tensors = _read_tensors(path)
     conv1d = not any(name.startswith("model.") for name in tensors)  # mlx_lm's names come with our layout
@@ -209,6 +224,56 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     if dtype is None and "wpe.weight" in packed and not kernels.available():  # float32 would make all of it float32
         weights["wpe.weight"] = weights["wpe.weight"].astype(_mlx_dtype(packed["wpe.weight"][1].dtype))
     model.update(tree_unflatten(list(weights.items())))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def load_base(directory: Path) -> GPT:
+    """The model that the adapters in a directory correct, in float32 and without them, with the directory's number of
+    positions. FileNotFoundError and ValueError, one line that names the base, if it is gone or not what it was."""
+    base = load_model(lora.require_base(lora.read(directory), directory))
+    config = adapted_config(directory, base.config)
+    model = GPT(config)
+    weights = base.named_weights()
+    weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
+    model.update(tree_unflatten(list(weights.items())))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def adapted_config(directory: Path, base: GPTConfig) -> GPTConfig:
+    """The shape of the model whose adapters are in a directory: the base's, of which it may have fewer positions and
+    another dropout. ValueError for what else differs."""
+    config = load_config(directory)
+    allowed = replace(base, block_size=min(config.block_size, base.block_size), dropout=config.dropout)
+    for name, value in vars(allowed).items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{directory}: {name} is {getattr(config, name)}, but {value} in its base")
+    return config
+
+
+def load_adapters(directory: Path, model: GPT) -> None:
+    """Puts the adapters in a directory into a model with such, bit for bit.
+
+    FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that holds a value
+    that is not finite.
+    """
+    path = directory / lora.WEIGHTS
+    names = {lora.file_name(name): name for name in lora.names(model)}
+    expected = {name: tuple(array.shape) for name, array in lora.tensors(model).items()}
+    tensors = _read_tensors(path)
+    _check(tensors, expected, path)
+    model.update(tree_unflatten([(names[name], array) for name, array in _arrays(tensors, path).items()]))
+
+
+def model_of(config: GPTConfig, tensors: Mapping[str, Tensor], source: Path) -> GPT:
+    """A model of tensors by our names and in our layout, in float32, ready for evaluation. ValueError, naming the
+    source, as for load_model."""
+    model = GPT(config)
+    _check(tensors, {name: tuple(p.shape) for name, p in model.named_weights().items()}, source)
+    model.update(tree_unflatten(list(_arrays(tensors, source).items())))
     mx.eval(model.parameters())
     model.eval()
     return model
@@ -392,7 +457,8 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     FileNotFoundError; ValueError that lists missing, unknown and misshapen averages, or names what is wrong.
     """
     record, path = load_training_record(directory), directory / OPTIMIZER
-    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
+    weights = model.trainable_weights()
+    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in weights.items()}
     tensors = _read_tensors(path)
     _check(tensors, expected, path)
     averages = _arrays(tensors, path)
@@ -500,13 +566,14 @@ def config_json(
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _write_weights(path: Path, model: GPT) -> None:
-    """model.safetensors, on the disk when this returns."""
-    weights = {
+def weights_file(model: GPT) -> tuple[str, dict[str, mx.array]]:
+    """The file of a model directory that holds the weights, and its tensors: of a model with adapters theirs."""
+    if model.lora is not None:
+        return lora.WEIGHTS, lora.tensors(model)
+    return WEIGHTS, {
         file_name(name, model.config): mx.contiguous(p.T) if is_conv1d(name) else p
         for name, p in with_zero_biases(model.named_weights(), model.config).items()
     }
-    _write_tensors(path, weights)
 
 
 def _write_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
