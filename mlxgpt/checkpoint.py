@@ -9,6 +9,9 @@ are (n_out, n_in). In one that is quantized `config.json` holds `"quantization":
 `model.safetensors` three tensors for each matrix (n_out, n_in) whose rows can be cut into groups, wte and wpe among
 them: NAME.weight, uint32 (n_out, n_in bits / 32), and NAME.scales and NAME.biases, (n_out, n_in / group_size).
 A weight is scale * number + bias. `quantize` and `config_json` make such a directory's content.
+
+A model with adapters has these in the place of `model.safetensors`, and is read together with the model that they
+correct: see lora.py.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from . import kernels, safetensors_file
+from . import kernels, lora, safetensors_file
 from .config import GPTConfig, from_dict
 from .model import GPT
 from .safetensors_file import Tensor
@@ -38,6 +42,7 @@ FORMAT = 1  # of what the object `mlxgpt` in config.json says
 
 def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model directory, over one that is there. Until it is complete the old one stays as it was.
+    Of a model with adapters the adapters alone.
 
     OSError when the disk is full or can't be written.
     """
@@ -46,7 +51,8 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
         temporary.mkdir(parents=True)
         for name, content in small_files(model, tokenizer).items():
             write_file(temporary / name, content)
-        safetensors_file.write(temporary / WEIGHTS, weight_tensors(model), sync=True)
+        name, tensors = weights_file(model)
+        safetensors_file.write(temporary / name, tensors, sync=True)
         put(temporary, directory)
     except OSError as error:
         raise OSError(f"{directory}: the model can't be written: {error.strerror}") from None
@@ -67,7 +73,8 @@ def put(directory: Path, destination: Path) -> None:
 
 def small_files(model: GPT, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """What a model directory holds beside the weights."""
-    return {"config.json": config_json(model.config, tokenizer), **(tokenizer.files() if tokenizer else {})}
+    config = config_json(model.config, tokenizer)
+    return {"config.json": config, **(tokenizer.files() if tokenizer else {}), **lora.files(model)}
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -148,13 +155,22 @@ def _read_config(directory: Path) -> tuple[GPTConfig, dict[str, Any]]:
 
 
 def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
-    """The model in a directory, ready for evaluation.
+    """The model in a directory, ready for evaluation; adapters are merged with their base, in float32.
 
     Its weights are of a floating-point type whatever the file holds, or if that is None as they lie in the file:
     in half precision, or quantized. On the CPU's kernels vectors and positions are float32 all the same, and so are
     matrices of a quantization that there is no kernel for. FileNotFoundError; ValueError that lists missing,
     unknown and misshapen tensors, or names one that holds a value that is not finite.
     """
+    if lora.is_in(directory):
+        model = load_base(directory)
+        lora.add(model, lora.read(directory))
+        load_adapters(directory, model)
+        lora.merge(model)
+        if dtype is not None:
+            model.set_dtype(dtype)
+            mx.eval(model.parameters())
+        return model
     (config, quantization), path = _read_config(directory), directory / WEIGHTS
     tensors = read_tensors(path)
     conv1d = not any(name.startswith("model.") for name in tensors)  # mlx_lm's names come with our layout
@@ -183,6 +199,56 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     if dtype is None and "wpe.weight" in packed and not kernels.available():  # float32 would make all of it float32
         weights["wpe.weight"] = weights["wpe.weight"].astype(_mlx_dtype(packed["wpe.weight"][1].dtype))
     model.update(tree_unflatten(list(weights.items())))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def load_base(directory: Path) -> GPT:
+    """The model that the adapters in a directory correct, in float32 and without them, with the directory's number of
+    positions. FileNotFoundError and ValueError, one line that names the base, if it is gone or not what it was."""
+    base = load_model(lora.require_base(lora.read(directory), directory))
+    config = adapted_config(directory, base.config)
+    model = GPT(config)
+    weights = base.named_weights()
+    weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
+    model.update(tree_unflatten(list(weights.items())))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def adapted_config(directory: Path, base: GPTConfig) -> GPTConfig:
+    """The shape of the model whose adapters are in a directory: the base's, of which it may have fewer positions and
+    another dropout. ValueError for what else differs."""
+    config = load_config(directory)
+    allowed = replace(base, block_size=min(config.block_size, base.block_size), dropout=config.dropout)
+    for name, value in vars(allowed).items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{directory}: {name} is {getattr(config, name)}, but {value} in its base")
+    return config
+
+
+def load_adapters(directory: Path, model: GPT) -> None:
+    """Puts the adapters in a directory into a model with such, bit for bit.
+
+    FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that holds a value
+    that is not finite.
+    """
+    path = directory / lora.WEIGHTS
+    names = {lora.file_name(name): name for name in lora.names(model)}
+    expected = {name: tuple(array.shape) for name, array in lora.tensors(model).items()}
+    tensors = read_tensors(path)
+    check_tensors(tensors, expected, path)
+    model.update(tree_unflatten([(names[name], array) for name, array in load_arrays(tensors, path).items()]))
+
+
+def model_of(config: GPTConfig, tensors: Mapping[str, Tensor], source: Path) -> GPT:
+    """A model of tensors by our names and in our layout, in float32, ready for evaluation. ValueError, naming the
+    source, as for load_model."""
+    model = GPT(config)
+    check_tensors(tensors, {name: tuple(p.shape) for name, p in model.named_weights().items()}, source)
+    model.update(tree_unflatten(list(load_arrays(tensors, source).items())))
     mx.eval(model.parameters())
     model.eval()
     return model
@@ -410,10 +476,13 @@ def config_json(
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def weight_tensors(model: GPT) -> dict[str, Tensor]:
-    """What model.safetensors holds of a model, in the model's own memory."""
+def weights_file(model: GPT) -> tuple[str, dict[str, Tensor]]:
+    """The file of a model directory that holds the weights, and its tensors in the model's own memory; of a model with
+    adapters theirs."""
+    if model.lora is not None:
+        return lora.WEIGHTS, array_tensors(lora.tensors(model))
     weights = with_zero_biases(model.named_weights(), model.config)
-    return {file_name(name, model.config): t for name, t in array_tensors(weights, is_conv1d).items()}
+    return WEIGHTS, {file_name(name, model.config): t for name, t in array_tensors(weights, is_conv1d).items()}
 
 
 def array_tensors(

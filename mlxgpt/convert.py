@@ -11,6 +11,7 @@ destination is written from one, a tensor at a time. Who writes what, with which
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pickle
@@ -23,9 +24,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import checkpoint, gguf_file, safetensors_file, tokenizer, torch_file, training_state
+from . import checkpoint, gguf_file, lora, safetensors_file, tokenizer, torch_file, training_state
 from .config import GPTConfig, from_dict
-from .model import GPT
+from .model import GPT, Linear
 from .safetensors_file import Tensor
 
 TOKENIZER_FILES = (
@@ -64,6 +65,44 @@ class Checkpoint:
         return max((t.dtype for t in self.tensors.values()), key=("bfloat16", "float16", "float32").index)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What training starts from."""
+
+    config: GPTConfig
+    tokenizer: tokenizer.Tokenizer
+    load: Callable[[], GPT]  # float32, one copy of the weights, ready for evaluation
+    directory: Path | None  # the model directory that it is, or None: what adapters can be made for
+
+
+def start(path: Path, setting: str = "init_from") -> Start:
+    """What lies at a setting's path, to train from: a model directory, a run, or what `read` reads.
+
+    FileNotFoundError; ValueError in one line for what is not a GPT-2, or without a tokenizer.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{setting}: there is no file or directory {path}")
+    if path.is_dir() and not (path / "ckpt.pt").is_file():
+        directory = checkpoint.find_model(path, setting)
+        if lora.is_in(directory) or (directory / checkpoint.WEIGHTS).is_file():
+            load_directory = functools.partial(checkpoint.load_model, directory)
+            return Start(checkpoint.load_config(directory), tokenizer.load(directory), load_directory, directory)
+        path = directory
+    model = read(path)
+    text = tokenizer_of(model)
+    if text is None:
+        raise ValueError(f"{setting}: {path} comes without a tokenizer: put nanoGPT's meta.pkl beside it")
+    return Start(model.config, text, functools.partial(load, model, path), None)
+
+
+def load(model: Checkpoint, path: Path) -> GPT:
+    """The model that `read` found at a path, in memory: in float32, ready for evaluation.
+
+    ValueError names a tensor that holds a value that is not finite.
+    """
+    return checkpoint.model_of(model.config, model.tensors, path)
+
+
 # ---- sources ----
 
 
@@ -76,6 +115,8 @@ def read(path: Path, meta: Path | None = None, n_head: int = 0) -> Checkpoint:
     if path.is_dir():
         if (path / "ckpt.pt").is_file() and not (path / "config.json").exists():
             return read(path / "ckpt.pt", meta, n_head)
+        if lora.is_in(path):
+            return _adapted(path)
         return _hugging_face(path, _files_of(path), n_head)
     if not path.is_file():
         raise FileNotFoundError(f"source: there is no file or directory {path}")
@@ -163,13 +204,40 @@ def _hugging_face(
     return model
 
 
+def _adapted(directory: Path) -> Checkpoint:
+    """Adapters of ours merged with their base, in the base's types: each weight when it is read."""
+    adapters = lora.read(directory)
+    base = read(lora.require_base(adapters, directory))
+    config = checkpoint.adapted_config(directory, base.config)
+    base = cropped(base, config.block_size)
+    model = GPT(config)  # lazy: only its adapters take memory
+    lora.add(model, adapters)
+    checkpoint.load_adapters(directory, model)
+    merged = {
+        f"{name}.weight": _merged(f"{name}.weight", base.tensors[f"{name}.weight"], layer)
+        for name, layer in lora.layers(model, adapters).items()
+    }
+    return dataclasses.replace(
+        base, source=f"LoRA adapters of {adapters.base}", config=config, tensors=base.tensors | merged,
+        tokenizer_files=_tokenizer_files(directory) or base.tokenizer_files, averages={}, training={}, nanogpt={},
+    )  # fmt: skip
+
+
+def _merged(name: str, tensor: Tensor, layer: Linear) -> Tensor:
+    def read() -> np.ndarray:
+        return to_float32(tensor.read(), tensor.dtype) + np.array(lora.correction(layer), copy=False)
+
+    return cast(name, Tensor("float32", tensor.shape, read), tensor.dtype)
+
+
 def _add_training_state(model: Checkpoint, directory: Path) -> None:
     """That of a model directory of ours."""
     record = training_state.load_training_record(directory)
     names = ("step", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss", "settings")
     model.training = {name: record[name] for name in names}
     averages, path = safetensors_file.read(directory / training_state.OPTIMIZER), directory / training_state.OPTIMIZER
-    expected = {f"{average}.{name}": t.shape for average in "mv" for name, t in model.tensors.items()}
+    trained = [name for name in model.tensors if f"m.{name}" in averages]  # the others were frozen
+    expected = {f"{average}.{name}": model.tensors[name].shape for average in "mv" for name in trained}
     if {name: t.shape for name, t in averages.items()} != expected:
         raise ValueError(f"{path}: its averages are not those of the model's {len(model.tensors)} parameters")
     model.averages = averages
@@ -556,7 +624,9 @@ def nanogpt_content(model: Checkpoint) -> dict[str, Any]:
         {**options, "weight_decay": 0.0, "params": list(range(n_matrices, len(names)))},
     ]
     state = {}
-    for number, name in enumerate(names if model.averages else []):
+    for number, name in enumerate(names):
+        if f"m.{name}" not in model.averages:  # there are none, or it was frozen
+            continue
         steps = np.array(training["step"], np.float32)
         state[number] = {
             "step": steps, "exp_avg": model.averages[f"m.{name}"], "exp_avg_sq": model.averages[f"v.{name}"],

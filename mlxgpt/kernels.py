@@ -136,7 +136,7 @@ def add_gradients(
 ) -> mx.array:
     """A model's method marked `entry`, run on the kernels without MLX around it -> what it returns, a scalar.
 
-    weights are all of the model's that are trained; scale times their gradients is added to those of `gradients`, in place.
+    weights are the model's trainable_weights(); scale times their gradients is added to `gradients`, in place.
     """
     tape = _Tape(weights, gradients, scale)
     arrays = [np.asarray(a) for a in args]
@@ -495,9 +495,7 @@ def mlp(
         dout, dx, dfc, dproj = tape.take(out), tape.empty(kept), tape.of(fc), tape.of(proj)
         dh, pre, rows = _rows(_empty(h.shape)), _rows(h), _rows(dout)
         activated = None if dproj is None else _rows(_empty(h.shape))
-        _core.linear_backward(
-            rows, None, proj, dh, None, None, pre=pre, activated=activated, activation=activation
-        )
+        _core.linear_backward(rows, None, proj, dh, None, None, pre=pre, activated=activated, activation=activation)
         _core.linear_backward(rows, activated, proj, None, dproj, tape.of(proj_bias), accumulate=True)
         rows = None if dfc is None else _rows(_made(kept))
         _core.linear_backward(dh, rows, fc, _rows(dx), dfc, tape.of(fc_bias), accumulate=True)
@@ -656,9 +654,9 @@ def linear_cross_entropy(x: np.ndarray, weight: Any, targets: np.ndarray) -> np.
         into = _rows(dx), tape.of(weight)
         return _core.linear_cross_entropy(rows, weight, targets, *into, accumulate=True, scale=tape.scale), dx
 
-    at_once = tape is not None and tape.training  # then the logits are made once for the loss and its gradient
-    if at_once:
-        value, dx = loss_and_gradients(tape)
+    at_once = None
+    if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
+        value, _ = at_once = loss_and_gradients(tape)
     else:
         matrix, parts = _stored(weight)
         value = _core.linear_cross_entropy(rows, matrix, targets, **parts)
@@ -666,11 +664,11 @@ def linear_cross_entropy(x: np.ndarray, weight: Any, targets: np.ndarray) -> np.
 
     def backward(tape: _Tape) -> None:
         cotangent = tape.take(loss)
-        gradient = dx if at_once else loss_and_gradients(tape)[1]
+        _, gradient = at_once or loss_and_gradients(tape)
         if cotangent != tape.scale:  # in MLX's graph, where no earlier gradient is in the weight's memory
             for array in (gradient, tape.of(weight)):
                 if array is not None:
-                    _view(array)[...] *= cotangent / tape.scale
+                    np.array(array, copy=False)[...] *= cotangent / tape.scale
         tape.put(x, gradient)
 
     _record(backward, loss, x, weight)

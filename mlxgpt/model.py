@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -141,6 +142,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # in training, keep only each block's input and compute the rest again
+        self.lora: Any = None  # what its adapters are, if lora.add gave it some
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)

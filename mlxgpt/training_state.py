@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoint, kernels, safetensors_file
+from . import checkpoint, kernels, lora, safetensors_file
 from .checkpoint import followed
 from .config import TrainConfig, from_dict
 from .model import GPT
@@ -44,6 +44,7 @@ OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
 TRAINING_FORMAT = 2
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 SUMS = "SHA256SUMS"
+_WEIGHTS = (checkpoint.WEIGHTS, lora.WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     FileNotFoundError; ValueError that lists missing, unknown and misshapen averages, or names what is wrong.
     """
     record, path = load_training_record(directory), directory / OPTIMIZER
-    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.named_weights().items()}
+    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.trainable_weights().items()}
     tensors = checkpoint.read_tensors(path)
     checkpoint.check_tensors(tensors, expected, path)
     averages = checkpoint.load_arrays(tensors, path)
-    optimizer.restore(model, record["step"], averages)
+    optimizer.restore(model, record["step"] - record["progress"].get("skipped", 0), averages)
     optimizer.eps = record["eps"]
     return record
 
@@ -134,10 +135,8 @@ class Checkpoints:
         """Copies what is to be written and returns; waits for an earlier checkpoint first. OSError of that one."""
         self.wait()
         optimizer = state.optimizer
-        files = {
-            checkpoint.WEIGHTS: checkpoint.weight_tensors(model),
-            OPTIMIZER: checkpoint.array_tensors(optimizer.averages(model)),
-        }
+        weights_file, weights = checkpoint.weights_file(model)
+        files = {weights_file: weights, OPTIMIZER: checkpoint.array_tensors(optimizer.averages(model))}
         if kernels.available():  # which update weights and averages in place; MLX makes new ones
             files = {name: _copied(tensors) for name, tensors in files.items()}
         record = training_json(
@@ -262,13 +261,13 @@ def _read_sums(directory: Path) -> dict[str, str] | None:
         if not (match := re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line)):
             raise ValueError(f"{SUMS} is damaged: it has a line {line!r}")
         sums[match[2]] = match[1]
-    if end or not sums or list(sums)[-1] != checkpoint.WEIGHTS:
-        raise ValueError(f"{SUMS} is cut short: its last line is not that of {checkpoint.WEIGHTS}")
+    if end or not sums or list(sums)[-1] not in _WEIGHTS:
+        raise ValueError(f"{SUMS} is cut short: its last line is not that of {' or '.join(_WEIGHTS)}")
     return sums
 
 
 def _sums(digests: Mapping[str, str]) -> bytes:
-    names = sorted(digests, key=lambda name: (name == checkpoint.WEIGHTS, name))
+    names = sorted(digests, key=lambda name: (name in _WEIGHTS, name))
     return "".join(f"{digests[name]}  {name}\n" for name in names).encode()
 
 

@@ -190,7 +190,7 @@ def calls(n: int = 1) -> dict[str, tuple[Callable, dict, str, str]]:
             _core.linear_backward,
             {"dout": array(rows, V)} | x | weight | dx
             | {"dweight": None, "dbias": None, "pre": array(rows, C), "activated": array(rows, C)},
-            "dx activated", "activated",
+            "dx activated", "x activated",
         ),
         "gelu_forward": (_core.gelu_forward, x | {"out": array(rows, C)} | gelu, "out", ""),
         "gelu_backward": (_core.gelu_backward, x | dx | gelu, "dx", ""),
@@ -202,7 +202,7 @@ def calls(n: int = 1) -> dict[str, tuple[Callable, dict, str, str]]:
         "layer_norm_backward": (
             _core.layer_norm_backward,
             {"dout": array(rows, C)} | x | norm | dx | {"dweight": array(C), "dbias": array(C)},
-            "dx dweight dbias", "dbias",
+            "dx dweight dbias", "dweight dbias",
         ),
         "embedding_forward": (
             _core.embedding_forward,
@@ -456,6 +456,7 @@ def test_ids_of_a_huge_shape(name):
         ("layer_norm_forward", {"eps": np.nan}, "eps is -?nan"),
         ("layer_norm_forward", {"eps": np.inf}, "eps is inf"),
         ("linear_cross_entropy", {"scale": np.nan}, "scale is -?nan"),
+        ("linear_forward", {"scale": np.nan}, "scale is -?nan"),
         ("gelu_forward", {"activation": ""}, "activation is ''"),
     ],
 )
