@@ -26,17 +26,20 @@ class Metrics:
     `lr` and `tokens_per_s`, an evaluation has `val_loss`. Losses are in nats per token.
     """
 
-    def __init__(self, path: Path, after: int | None = None) -> None:
-        """Begins anew, or goes on from what a run had written there after some steps."""
-        self.path = path
+    def __init__(self, path: Path, after: int | None = None, write: bool = True) -> None:
+        """Begins anew, or goes on from what a run had written there after some steps; without `write` for itself."""
+        self.path, self._write = path, write
         self.lines: list[dict[str, Any]] = []
         if after is not None:
             written = (line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
             self.lines = [line for line in map(json.loads, written) if line["step"] <= after]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        if write:
+            write_file(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def add(self, **values: Any) -> None:
         self.lines.append(values)
+        if not self._write:
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")

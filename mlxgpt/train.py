@@ -9,28 +9,35 @@ import math
 import os
 import shutil
 import signal
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_unflatten
 from rich.console import Console
 
-from . import checkpoint, cli, data, kernels, ops, report, tokenizer
+from . import checkpoint, cli, data, distributed, kernels, ops, report, tokenizer
 from .config import GPTConfig, TrainConfig, settings
 from .decoding import Decoder
 from .model import GPT
 from .optim import learning_rate
 from .sampling import Sampler
-from .training import Trainer
+from .training import Batch, Trainer
 
 
 class Run:
-    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the models best/ and last/."""
+    """A training run and its directory: settings.toml, metrics.jsonl, loss.png, the models best/ and last/.
 
-    def __init__(self, config: TrainConfig, console: Console, vocab_given: bool) -> None:
-        self.config, self.console = config, console
+    Of a group's ranks, rank 0 alone writes and prints.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console, vocab_given: bool, group: distributed.Group) -> None:
+        self.config, self.console, self.group = config, console, group
+        share = distributed.share(config.batch_size, config.gradient_accumulation_steps, group.rank, group.size)
+        self.share = [(*divmod(windows.start, config.batch_size), len(windows)) for windows in share]
         device = ops.use_device(config.device)
         corpus = data.load_corpus(config.data)
         source = _source(vars(config))
@@ -61,19 +68,29 @@ class Run:
 
         if source:
             _put_weights(self.model, checkpoint.load_model(source))
-        self.trainer = Trainer(self.model, config)
+        if group.size > 1:
+            # before anything is written; all ranks have read by then what --overwrite deletes
+            group.agree({**_common(config, model_config), **self._fingerprint(train, val)})
+            weights = group.broadcast(self.model.named_weights())  # machines may round random numbers differently
+            self.model.update(tree_unflatten(list(weights.items())))
+            mx.random.seed(config.seed + self.first_step + group.rank * 1_000_003)  # other dropout on each
+        self.trainer = Trainer(self.model, config, group)
         if source and record:
             checkpoint.load_training_state(source, self.model, self.trainer.optimizer)
             self.trainer.steps = self.first_step
         home = _run_of(source, config) if source and record else None
-        self.out_dir = home or _make_out_dir(config)
-        self.metrics = report.Metrics(self.out_dir / "metrics.jsonl", after=self.first_step if home else None)
+        self.writes = group.rank == 0
+        self.out_dir = home or (_make_out_dir(config) if self.writes else Path())
+        after = self.first_step if home else None
+        self.metrics = report.Metrics(self.out_dir / "metrics.jsonl", after, self.writes)
         self.best, self.best_step = math.inf, 0
         if record and (self.out_dir / "best").is_dir() and record["best_val_loss"] is not None:
             self.best = record["best_val_loss"]  # that model's
             steps, losses = self.metrics.curve("val_loss")
             self.best_step = dict(zip(losses, steps, strict=True)).get(self.best, 0)
-        checkpoint.write_file(self.out_dir / "settings.toml", _toml(dataclasses.replace(config, model=model_config)))
+        if self.writes:
+            settings_used = _toml(dataclasses.replace(config, model=model_config))
+            checkpoint.write_file(self.out_dir / "settings.toml", settings_used)
         self._introduce(corpus, len(train), len(val), source, device)
 
     def _introduce(self, corpus: data.Corpus, n_train: int, n_val: int, source: Path | None, device: mx.Device) -> None:
@@ -90,9 +107,16 @@ class Run:
             f"{shape.head_dim}, {shape.n_embd} wide, {shape.block_size} positions, {shape.vocab_size} token ids",
             *([f"weights: from {source}{done}"] if source else []),
             f"device: {device_name}, {self.config.dtype}; writing to {self.out_dir}",
+            *([f"ranks: {', '.join(self.group.names)}"] if self.group.size > 1 else []),
         ]
         for line in lines:
             report.say(self.console, line)
+
+    def _fingerprint(self, train: np.ndarray, val: np.ndarray) -> dict[str, Any]:
+        """What ranks must have in common beside their settings."""
+        tokens = {"training": train, "validation": val}
+        checksums = {f"checksum of the {name} tokens": zlib.crc32(array.data) for name, array in tokens.items()}
+        return {"the step to go on from": self.first_step, **checksums}
 
     def train(self) -> None:
         """All steps, with an evaluation before the first, every eval_interval and after the last.
@@ -108,10 +132,10 @@ class Run:
             self._evaluate()
         with report.Progress(self.console, first, config.max_iters, tokens_per_step) as progress, interrupted:
             for step in range(first + 1, config.max_iters + 1):
-                batches = [self.batches.draw(n) for n in range((step - 1) * micro_batches, step * micro_batches)]
+                batches = [self._windows((step - 1) * micro_batches + n, *part) for n, *part in self.share]
                 lr = learning_rate(config, step - 1)
                 losses.append(self.trainer.step(batches))
-                last = step == config.max_iters or interrupted.asked
+                last = self.group.any(step == config.max_iters or interrupted.asked)
                 if step % config.log_interval == 0 or step == first + 1 or last:
                     loss = self._finite(float(mx.stack(losses).mean()))
                     speed = progress.log(step, loss, lr)
@@ -122,7 +146,13 @@ class Run:
                         self._evaluate()
                 if last:
                     break
-        self._summary()
+        if self.writes:
+            self._summary()
+
+    def _windows(self, number: int, first: int, count: int) -> Batch:
+        """Some of a batch's windows."""
+        x, y = self.batches.draw(number)
+        return x[first : first + count], y[first : first + count]
 
     def _evaluate(self) -> None:
         """The validation loss; after the first step also a sample, the curve, and the model saved as best
@@ -134,8 +164,11 @@ class Run:
         if step == self.first_step:
             return
         if best:
-            checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
             self.best, self.best_step = loss, step
+        if not self.writes:
+            return
+        if best:
+            checkpoint.save_model(self.out_dir / "best", self.model, self.tokenizer)
         state = checkpoint.TrainingState(self.trainer.optimizer, step, self.best, _settings_of_run(self.config))
         checkpoint.save_model(self.out_dir / "last", self.model, self.tokenizer, state)
         report.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
@@ -185,6 +218,12 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def _common(config: TrainConfig, model: GPTConfig) -> dict[str, Any]:
+    """The settings that all ranks must have in common: paths may differ, what they lead to is compared."""
+    own = {"model", "config", "data", "out_dir", "overwrite", "init_from", "resume"}
+    return {**{name: value for name, value in vars(config).items() if name not in own}, **vars(model)}
 
 
 def _check_memory(model: GPT) -> None:
@@ -295,12 +334,13 @@ def _indented(text: str) -> str:
 
 
 def main(args: Sequence[str]) -> None:
-    on_gpu = cli.given(TrainConfig, args).get("device") != "cpu" and mx.is_available(mx.gpu)
-    fallback = "shakespeare-char" if on_gpu else "cpu"
-    default, preset_names = cli.with_defaults(TrainConfig, args, fallback, _inherited)
-    config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
-    vocab_given = "vocab_size" in preset_names | set(cli.given(TrainConfig, args))
-    Run(config, Console(), vocab_given).train()
+    with distributed.start() as group:
+        on_gpu = cli.given(TrainConfig, args).get("device") != "cpu" and mx.is_available(mx.gpu)
+        fallback = "shakespeare-char" if on_gpu else "cpu"
+        default, preset_names = cli.with_defaults(TrainConfig, args, fallback, _inherited)
+        config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
+        vocab_given = "vocab_size" in preset_names | set(cli.given(TrainConfig, args))
+        Run(config, Console(quiet=group.rank > 0), vocab_given, group).train()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from mlx.utils import tree_map
 
 from . import kernels
 from .config import TrainConfig
+from .distributed import Group
 from .model import GPT
 from .optim import AdamW, clip_grad_norm, learning_rate
 
@@ -22,11 +23,12 @@ class Trainer:
     """A model, its optimizer, and the two things done with them: a step, and an evaluation.
 
     The weights and the optimizer's state are float32; with dtype bfloat16 the loss and its gradient are
-    computed in bfloat16 from a copy of the weights. On a GPU both are compiled.
+    computed in bfloat16 from a copy of the weights. On a GPU both are compiled. Of a `group` every rank makes the
+    same step, each on batches of its own.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: GPT, config: TrainConfig, group: Group | None = None) -> None:
+        self.model, self.config, self.group = model, config, group or Group()
         self.optimizer = AdamW(config)
         self.optimizer.init(model.parameters())
         self.steps = 0  # optimizer steps taken
@@ -63,7 +65,7 @@ class Trainer:
         self._gradients: list[mx.array] = []
 
     def step(self, batches: Sequence[Batch]) -> mx.array:
-        """One optimizer step on the mean gradient of some micro-batches -> their mean loss, a scalar."""
+        """One optimizer step on the mean gradient of all ranks' micro-batches -> their mean loss, a scalar."""
         if not self.model.training:
             self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
@@ -78,6 +80,8 @@ class Trainer:
             loss, gradients = tree_map(mx.add, sums, self._gradient(mx.array(x), mx.array(y)))
         if others:
             loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
+        if self.group.size > 1:
+            loss, gradients = self.group.average((loss.astype(mx.float32), gradients))
         self._update(gradients)
         mx.async_eval(loss, self.model.state, self.optimizer.state)
         return loss
@@ -90,14 +94,17 @@ class Trainer:
         kernels.zero(self._gradients)
         add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
         losses = [add(mx.array(x), mx.array(y)).item() for x, y in batches]
-        self.optimizer.update_in_place(weights, self._gradients, self.config.grad_clip)
-        return mx.array(sum(losses) / len(losses))
+        loss, *gradients = self.group.average([mx.array(sum(losses) / len(losses)), *self._gradients])
+        self.optimizer.update_in_place(weights, gradients, self.config.grad_clip)
+        return loss
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over some batches, without dropout."""
+        """Mean loss over some batches, the same ones on all ranks, which share them; without dropout."""
         self.model.eval()
         loss = functools.partial(kernels.run, self.model.loss) if self._in_place else self._evaluation
-        return sum(float(loss(mx.array(x), mx.array(y))) for x, y in batches) / len(batches)
+        ours = batches[self.group.rank :: self.group.size]
+        (total,) = self.group.sum(sum(float(loss(mx.array(x), mx.array(y))) for x, y in ours))
+        return total / len(batches)
 
 
 def _compiles(config: TrainConfig) -> bool:
