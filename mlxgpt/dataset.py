@@ -73,4 +73,5 @@ def _tokenizer(config: TrainConfig, corpus: data.Corpus) -> Tokenizer:
 
 def _files(corpus: data.Corpus, config: TrainConfig) -> str:
     files = f"{len(corpus.train)} + {len(corpus.val)} files" if len(corpus.train) > 1 else "one file"
-    return files + (f", {corpus.skipped} skipped as not UTF-8 text" if corpus.skipped and config.data != "stdlib" else "")
+    skipped = corpus.skipped and config.data != "stdlib"
+    return f"{files}, {corpus.skipped} skipped as not UTF-8 text" if skipped else files

@@ -55,7 +55,7 @@ class Group:
         """The sum over the ranks of each value, in float64 and in order of the ranks."""
         if self._group is None:
             return list(values)
-        gathered = [np.frombuffer(data) for data in self._gather(np.array(values).tobytes())]
+        gathered = [np.frombuffer(data) for data in self._gather(np.array(values, np.float64).tobytes())]
         return [math.fsum(column) for column in zip(*gathered, strict=True)]
 
     def mean(self, *values: float) -> list[float]:

@@ -97,20 +97,24 @@ class Logger(Protocol):
 class Metrics(History):
     """The numbers of a run, written as they come, one JSON object a line, and handed on to loggers."""
 
-    def __init__(self, path: Path, after: int | None = None, loggers: Sequence[Logger] = ()) -> None:
-        """Begins anew, or goes on after some steps of what a run had written there: later lines go.
+    def __init__(self, path: Path | None, after: int | None = None, loggers: Sequence[Logger] = ()) -> None:
+        """Begins anew, or goes on after some steps of what a run had written there: later lines go. Without a path
+        the numbers are only held.
 
         ValueError for a file that isn't one.
         """
-        lines = [] if after is None else [line for line in History.read(path).lines if line["step"] <= after]
+        lines = [] if after is None or path is None else [line for line in History.read(path).lines if line["step"] <= after]
         super().__init__(lines)
         self.path, self._loggers = path, loggers
-        write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        if path:
+            write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def add(self, *, step: int, **values: Any) -> None:
         """Writes a line. OSError names the file."""
         values = {name: _finite(value) for name, value in values.items()}
         self.lines.append({"step": step, **values})
+        if self.path is None:
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")

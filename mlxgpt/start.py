@@ -98,7 +98,7 @@ class Start:
             return None
         if config.out_dir and Path(config.out_dir).expanduser().resolve() != run.resolve():
             return None
-        newest, damaged = training_state.find(run)
+        newest = training_state.find(run)[0]
         if newest.resolve() != self.path.resolve() and not config.overwrite:
             raise ValueError(
                 f"resume: {run} has gone on from {self.path.name} to {newest.name}; give another --out_dir, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -33,6 +32,7 @@ from . import (
 )
 from .config import TrainConfig, settings
 from .decoding import Decoder
+from .distributed import Group
 from .model import GPT
 from .optim import learning_rate
 from .sampling import Sampler
@@ -49,7 +49,7 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, console: Console, group: distributed.Group, begin: start.Start | None, given: set[str]
+        self, config: TrainConfig, given: set[str], begin: start.Start | None, console: Console, group: Group
     ) -> None:
         """Checks and loads everything, and only then writes. `given` are the settings that somebody has chosen."""
         self.console, self.group = console, group
@@ -77,7 +77,9 @@ class Run:
         if begin and begin.record:
             training_state.load_training_state(begin.path, self.model, self.trainer.optimizer)
             self.trainer.steps = self.first_step
-        group.agree({**_all_settings(config), "the data's SHA-256": self.data.fingerprint, "step": self.first_step})
+        common = {name: value for name, value in _all_settings(config).items() if name not in _OF_A_RANK}
+        group.agree({**common, "the data's SHA-256": self.data.fingerprint, "the step": self.first_step})
+        self.model.update(group.broadcast(self.model.parameters()))  # machines may round random numbers differently
 
         self.losses: list[float] = before.get("losses", [])  # since the last line of the log
         self.tokens, self.seconds = before.get("tokens", 0), before.get("seconds", 0.0)
@@ -288,7 +290,7 @@ def _check_memory(model: GPT) -> None:
         )
 
 
-def _make_out_dir(config: TrainConfig, group: distributed.Group) -> Path:
+def _make_out_dir(config: TrainConfig, group: Group) -> Path:
     """The run's directory, made by the first rank. ValueError if it holds a run that may not be overwritten."""
     if config.out_dir:
         path = Path(config.out_dir).expanduser()
@@ -305,6 +307,9 @@ def _make_out_dir(config: TrainConfig, group: distributed.Group) -> Path:
     except OSError as error:
         raise OSError(f"out_dir: {path} can't be made: {error.strerror}") from None
     return path
+
+
+_OF_A_RANK = ("data", "out_dir", "overwrite", "init_from")  # paths may differ: what they lead to is compared
 
 
 def _all_settings(config: TrainConfig) -> dict[str, Any]:
@@ -331,8 +336,8 @@ def main(args: Sequence[str]) -> None:
         default, names = cli.with_defaults(TrainConfig, args, "shakespeare-char" if on_gpu else "cpu", begin.settings)
         config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
         loggers.require(config)
-        console = Console() if group.rank == 0 else Console(file=io.StringIO())
-        Run(config, console, group, begin.start, names | set(cli.given(TrainConfig, args))).train()
+        console = Console(quiet=group.rank > 0)
+        Run(config, names | set(cli.given(TrainConfig, args)), begin.start, console, group).train()
 
 
 if __name__ == "__main__":

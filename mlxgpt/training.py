@@ -24,7 +24,8 @@ class Trainer:
     """A model, its optimizer, and the two things done with them: a step, and an evaluation.
 
     The weights and the optimizer's state are float32; with dtype bfloat16 the loss and its gradient are
-    computed in bfloat16 from a copy of the weights. On a GPU both are compiled.
+    computed in bfloat16 from a copy of the weights. On a GPU both are compiled. Of a `group` every rank makes the
+    same step, each on batches of its own.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, group: Group | None = None) -> None:
@@ -88,7 +89,8 @@ class Trainer:
             loss, gradients = tree_map(mx.add, sums, self._gradient_of(n, batch))
         if len(batches) > 1:
             loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
-        loss, gradients = self.group.average((loss, gradients))
+        if self.group.size > 1:
+            loss, gradients = self.group.average((loss.astype(mx.float32), gradients))
         self.norm = self._update(gradients, loss)
         mx.async_eval(loss, self.norm, self.model.state, self.optimizer.state)
         return loss

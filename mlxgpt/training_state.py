@@ -104,7 +104,8 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     FileNotFoundError; ValueError that lists missing, unknown and misshapen averages, or names what is wrong.
     """
     record, path = load_training_record(directory), directory / OPTIMIZER
-    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in model.trainable_weights().items()}
+    weights = model.trainable_weights()
+    expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in weights.items()}
     tensors = checkpoint.read_tensors(path)
     checkpoint.check_tensors(tensors, expected, path)
     averages = checkpoint.load_arrays(tensors, path)

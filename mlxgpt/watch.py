@@ -48,19 +48,21 @@ class Watch:
         self._end_by_main({"bye": self.rank})
 
     def fail(self, message: str) -> None:
-        """Says that this rank ends by an error; returns when rank 0 has shown it, or shortly after."""
-        self._end_by_main({"failed": self.rank, "message": message})
+        """Says that this rank ends by an error. Returns on rank 0 at once, on others when rank 0 has ended, or soon:
+        mlx.launch kills all when one has ended, and must not do it before rank 0 has shown the message."""
+        self._end_by_main({"failed": self.rank, "message": message}, wait=self.rank > 0)
 
     def await_verdict(self) -> None:
         """To be called after an error in MLX's communication: does not return if the watch finds a death."""
         if self._watch_ends.wait(VERDICT):
             threading.Event().wait()  # the watch ends the process
 
-    def _end_by_main(self, news: dict[str, Any]) -> None:
+    def _end_by_main(self, news: dict[str, Any], wait: bool = True) -> None:
         if not self._claim(self._main_ends):
             threading.Event().wait()
         self._tell(news)
-        self._thread.join(VERDICT)  # which ends when the others have closed their ends
+        if wait:
+            self._thread.join(VERDICT)  # which ends when the others have closed their ends
 
     def _claim(self, who: threading.Event) -> bool:
         """Whether the end of the process falls to the caller."""
@@ -115,26 +117,39 @@ class Watch:
                 self._end(f"{self.names[sender]}: {news['message']}", news)
             elif self.rank:
                 self._end("", news)
+                return False  # rank 0 leaves when it has shown the message
         return "bye" in news or "failed" in news
 
     def _died(self, rank: int) -> None:
-        self._end(f"{self.names[rank]} has died; go on from the last checkpoint with --resume", {"died": rank})
+        advice = "go on from the last checkpoint with --resume"
+        # on a line of its own, whatever MLX has begun to say of lost connections
+        self._end(f"{self.names[rank]} has died; {advice}", {"died": rank}, before="\n")
 
-    def _end(self, message: str, news: dict[str, Any]) -> None:
+    def _end(self, message: str, news: dict[str, Any], before: str = "") -> None:
         """Ends the process, whose main thread may hang in MLX, unless that one is about to."""
         if not self._claim(self._watch_ends):
             return
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the rest of it, and what the main thread makes of it
+        if message:
+            os.write(stderr, f"{before}{self._prog}: error: {message}\n".encode())
         if self.rank == 0:
             self._tell(news)
-        if message:
-            os.write(2, f"{self._prog}: error: {message}\n".encode())
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 2)  # what MLX has to say of lost connections would bury the line
         if self.on_death:
             farewell = threading.Thread(target=self.on_death, daemon=True)
             farewell.start()
             farewell.join(FAREWELL)
+        if not message:
+            self._await_end_of_rank_0()
         os._exit(1)
+
+    def _await_end_of_rank_0(self) -> None:
+        self._peers[0].settimeout(VERDICT)
+        try:
+            while self._peers[0].recv(65536):
+                pass
+        except OSError:
+            pass
 
 
 def meet(rank: int, names: Sequence[str], gather: Callable[[bytes], list[bytes]], prog: str) -> Watch:
