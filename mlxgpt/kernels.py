@@ -424,7 +424,7 @@ def checkpointed(module: nn.Module, x: np.ndarray, *args: Any) -> np.ndarray:
         _state.seed = seed
         tape.put(x, tape.backward_again(lambda: module(x, *args), tape.take(out), x))
 
-    _record(backward, out, x, *(weight for _, weight in tree_flatten(module.parameters())))
+    _record(backward, out, x, *dict(tree_flatten(module.parameters())).values())
     return out
 
 

@@ -103,7 +103,8 @@ class Metrics(History):
 
         ValueError for a file that isn't one.
         """
-        lines = [] if after is None or path is None else [line for line in History.read(path).lines if line["step"] <= after]
+        written = [] if after is None or path is None else History.read(path).lines
+        lines = [line for line in written if line["step"] <= (after or 0)]
         super().__init__(lines)
         self.path, self._loggers = path, loggers
         if path:

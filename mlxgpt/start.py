@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from . import checkpoint, cli, tokenizer, training_state
+from . import checkpoint, cli, convert, lora, tokenizer, training_state
 from .config import GPTConfig, TrainConfig
 from .dataset import Dataset
 from .model import GPT
@@ -30,6 +32,8 @@ class Start:
     tokenizer: tokenizer.Tokenizer
     record: Mapping[str, Any] | None = None  # what training.json says of a checkpoint that the run goes on with
     damaged: tuple[str, ...] = ()  # newer checkpoints that were passed over, and why
+    load: Callable[[], GPT] | None = None  # the weights of a model that is no checkpoint
+    directory: Path | None = None  # where that model lies, if it is a model directory: adapters need one to refer to
 
     @property
     def step(self) -> int:
@@ -83,10 +87,15 @@ class Start:
         return lines
 
     def put_weights(self, model: GPT) -> None:
-        """Its weights into a model, of as many positions as that has."""
-        weights = checkpoint.load_model(self.path).named_weights()
+        """Its weights into a model, of as many positions as that has; with its adapters, if it has some."""
+        adapted = self.record is not None and lora.is_in(self.path)
+        load = self.load or functools.partial(checkpoint.load_base if adapted else checkpoint.load_model, self.path)
+        weights = load().named_weights()
         weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
         model.update(tree_unflatten(list(weights.items())))
+        if adapted:
+            lora.add(model, lora.read(self.path))
+            checkpoint.load_adapters(self.path, model)
 
     def home(self, config: TrainConfig) -> Path | None:
         """The directory of the run that goes on, to write there again, unless out_dir names another.
@@ -105,6 +114,18 @@ class Start:
                 "or --overwrite to drop what came after"
             )
         return run
+
+
+def choose_trained(model: GPT, config: TrainConfig, start: Start | None) -> None:
+    """Gives a model the adapters that the settings ask for, and freezes what they say. ValueError."""
+    if config.lora_rank and model.lora is None:
+        if start is None or start.directory is None:
+            what = f"{start.path} is none" if start else "there is none"
+            raise ValueError(f"lora_rank: adapters correct a model directory, which --init_from names, but {what}")
+        mx.random.seed(config.seed)
+        lora.add(model, lora.LoRA.of(config.lora_rank, config.lora_alpha, config.lora_targets, start.directory))
+    if config.freeze:
+        model.freeze_named(name.strip() for name in config.freeze.split(",") if name.strip())
 
 
 def kept_settings(config: TrainConfig) -> dict[str, Any]:
@@ -126,8 +147,9 @@ class Begin:
             record = training_state.load_training_record(path)
             self.start = Start(path, checkpoint.load_config(path), tokenizer.load(path), record, tuple(damaged))
         elif given.get("init_from"):
-            path = checkpoint.find_model(Path(str(given["init_from"])).expanduser(), "init_from")
-            self.start = Start(path, checkpoint.load_config(path), tokenizer.load(path))
+            found = convert.start(path := Path(str(given["init_from"])).expanduser())
+            path = found.directory or path
+            self.start = Start(path, found.config, found.tokenizer, load=found.load, directory=found.directory)
         return self.start.settings() if self.start else {}
 
 

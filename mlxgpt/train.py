@@ -63,7 +63,7 @@ class Run:
             begin.require_fit(config, self.data)
         mx.random.seed(config.seed)
         self.model = GPT(config.model)  # lazy: no memory is taken yet
-        _check_memory(self.model)
+        _check_memory(self.model, config)
         self._share = distributed.share(config.batch_size, config.gradient_accumulation_steps, group.rank, group.size)
         self._windows_per_step = config.batch_size * config.gradient_accumulation_steps  # of all ranks
         self._windows_before = before.get("windows", self.first_step * self._windows_per_step)
@@ -73,6 +73,7 @@ class Run:
 
         if begin:
             begin.put_weights(self.model)
+        start.choose_trained(self.model, config, begin)
         self.trainer = Trainer(self.model, config, group)
         if begin and begin.record:
             training_state.load_training_state(begin.path, self.model, self.trainer.optimizer)
@@ -176,7 +177,7 @@ class Run:
                 self.losses.append(loss)
                 self.skipped_in_row = 0
                 if (above := self.spikes.seen(loss)) is not None:
-                    self.metrics.add(step=step, event="spike", loss_at_spike=loss, deviations=above)
+                    self.metrics.add(step=step, event="spike", value=loss, deviations=above)
                     self._say(f"step {step}: the loss jumps to {loss:.4f}, {above:.1f} standard deviations", "yellow")
                 continue
             self.skipped_in_row += 1
@@ -220,8 +221,7 @@ class Run:
             },
         )  # fmt: skip
         self.checkpoints.save(self.model, self.tokenizer, state, best)
-        if self.metrics.best():
-            plot.draw_loss(self.metrics, self.out_dir / "loss.png", self.out_dir.name)
+        plot.draw_losses({self.out_dir.name: self.metrics}, self.out_dir / "loss.png", title=self.out_dir.name)
 
     def _diverged(self, what: str) -> None:
         """ValueError, when the checkpoint that is being written is on the disk."""
@@ -242,9 +242,14 @@ class Run:
         if self.checkpoints:
             self.checkpoints.wait()
         self.metrics.close()
+        curves = {"training": self.metrics.curve("loss"), "validation": self.metrics.curve("val_loss")}
         if self.group.rank == 0:
-            print(plot.terminal_curve(self.metrics, self.console))
-            self._say(report.summary(self.metrics, self.trainer.steps, self.config.max_iters, self.out_dir))
+            print(plot.terminal_losses(curves, self.console))
+        head, rest = report.summary(self.metrics, self.trainer.steps, self.config.max_iters, self.out_dir).split(
+            "\n", 1
+        )
+        self._say(head, "bold")
+        self._say(rest)
 
 
 class _Interrupt:
@@ -274,14 +279,15 @@ def _of_the_tokenizer(config: TrainConfig, tokenizer: Tokenizer, vocab_given: bo
     elif shape.vocab_size < tokenizer.vocab_size:
         least = f"at least the tokenizer's {tokenizer.vocab_size}"
         raise ValueError(f"vocab_size is {shape.vocab_size}, expected {least}")
-    return dataclasses.replace(config, tokenizer=kind_of(tokenizer), model=shape)
+    return dataclasses.replace(config, tokenizer=kind_of(tokenizer), model=shape)  # type: ignore[arg-type]
 
 
-def _check_memory(model: GPT) -> None:
+def _check_memory(model: GPT, config: TrainConfig) -> None:
     """MemoryError for a model that can't be trained here. (A GPU's own allocator says so; MLX on a CPU crashes.)"""
     if mx.default_device().type == mx.gpu:
         return
-    needed = 4 * 4 * model.n_params()  # float32 weights, gradients and AdamW's two averages
+    # float32 weights, and unless adapters alone are trained gradients and AdamW's two averages
+    needed = 4 * (1 if config.lora_rank else 4) * model.n_params()
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise MemoryError(

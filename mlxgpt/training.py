@@ -120,7 +120,7 @@ class Trainer:
         mean = mx.array(sum(losses) / len(losses))
         loss, gradients = self.group.average((mean, self._gradients))
         norm = math.nan
-        if math.isfinite(loss.item()):
+        if math.isfinite(float(loss)):
             norm = self.optimizer.update_in_place(weights, gradients, self.config.grad_clip)
         self.norm = mx.array(norm, mx.float64)  # it may be finite where a float32 is not
         return loss
