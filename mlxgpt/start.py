@@ -53,21 +53,25 @@ class Start:
         adamw = {name: self.record[name] for name in ("beta1", "beta2", "weight_decay")}
         return {**adamw, **self.record["settings"], **values}
 
-    def require_fit(self, config: TrainConfig, data: Dataset) -> None:
-        """ValueError for what contradicts the model or the run: all of the model's shape but dropout, and fewer
-        positions for a fresh start; other data, another seed."""
+    def require_shape(self, config: TrainConfig) -> None:
+        """ValueError for a setting that contradicts the model: all of its shape but dropout, and fewer positions for a
+        fresh start."""
         now = {**vars(config), **vars(config.model)}
         for name, value in {**vars(self.shape), "tokenizer": tokenizer.kind_of(self.tokenizer)}.items():
             crop = name == "block_size" and now[name] < value and self.record is None
             if now[name] != value and name != "dropout" and not crop:
                 raise ValueError(f"{name} is {now[name]}, but {value} in the model of {self.path}")
+
+    def require_same_run(self, config: TrainConfig, data: Dataset) -> None:
+        """ValueError for what a run that goes on can't change: its data, its seed, what of the model is trained."""
         if self.record is None:
             return
         if self.step >= config.max_iters:
             raise ValueError(f"max_iters is {config.max_iters}, but {self.path} has done {self.step} steps already")
         for name in _FIXED:
-            if (value := self.record["settings"].get(name, now[name])) != now[name]:
-                raise ValueError(f"{name} is {now[name]}, but {value} in {self.path}, and a run can't change it")
+            now = getattr(config, name)
+            if (value := self.record["settings"].get(name, now)) != now:
+                raise ValueError(f"{name} is {now!r}, but {value!r} in {self.path}, and a run can't change it")
         if self.progress.get("data", data.fingerprint) != data.fingerprint:
             raise ValueError(
                 f"data: {data.name} is not what {self.path} was trained on; --init_from starts from its weights afresh"

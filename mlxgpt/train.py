@@ -54,13 +54,15 @@ class Run:
         """Checks and loads everything, and only then writes. `given` are the settings that somebody has chosen."""
         self.console, self.group = console, group
         where = ops.use_device(config.device)
+        if begin:
+            begin.require_shape(config)
         self.data = dataset.load(config, "tokenizer" in given, *((begin.tokenizer, begin.path) if begin else ()))
         self.tokenizer = self.data.tokenizer
         self.config = config = _of_the_tokenizer(config, self.tokenizer, "vocab_size" in given)
         self.first_step = begin.step if begin else 0  # of optimizer steps taken before
         before = begin.progress if begin else {}
         if begin:
-            begin.require_fit(config, self.data)
+            begin.require_same_run(config, self.data)
         mx.random.seed(config.seed)
         self.model = GPT(config.model)  # lazy: no memory is taken yet
         _check_memory(self.model, config)

@@ -1,2 +1,0 @@
-def is_prepared(path):
-    return False
