@@ -301,6 +301,38 @@ class ConvertConfig:
         _require(not self.quantize or self.to == "mlxgpt", "quantize", self.quantize, "0 unless --to mlxgpt")
 
 
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Tokenize text into shards to train on. Killed at any moment, the same command goes on where it was."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")] = ()
+    """text files, .jsonl, .jsonl.gz and .parquet files, directories or globs of them"""
+    out: str = ""
+    """the directory to write: shards, manifest and tokenizer"""
+    tokenizer: str = "gpt2"
+    """gpt2; char, for the characters that occur; or a model directory, for its tokenizer"""
+    val_fraction: float = 0.005
+    """of the documents, chosen by their places in the input, that validate; of a single text it is the end"""
+    field: str = "text"
+    """the field of a JSONL line, or the column of a parquet file, that is the document"""
+    shard_tokens: int = 100_000_000
+    """tokens in a shard"""
+    workers: int | None = None
+    """processes that tokenize; None is one for each processor"""
+    verify: str = ""
+    """a prepared directory to check, shards' checksums and all, in place of preparing one"""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "shard_tokens")
+        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "0 < val_fraction < 1")
+        if self.workers is not None:
+            _require_at_least(1, self, "workers")
+        _require(not (self.verify and self.inputs), "verify", repr(self.verify), "no inputs beside it")
+        if not self.verify:
+            _require(bool(self.inputs), "inputs", "empty", "at least one file, directory or glob")
+            _require(bool(self.out), "out", "empty", "the directory to write")
+
+
 def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int = 1024) -> dict[str, Any]:
     """A GPT-2 size with nanoGPT's recipe for reproducing it."""
     return dict(

@@ -1,0 +1,9 @@
+"""Tokenizes text files, JSONL and parquet in parallel to shards that training reads.
+
+python scripts/prepare_text.py INPUT... --out DIR [--tokenizer gpt2|char|MODEL_DIR]; --verify DIR
+"""
+
+from mlxgpt import cli, prepare_text
+
+if __name__ == "__main__":
+    cli.run("prepare_text", prepare_text.main)
