@@ -147,8 +147,10 @@ def start(prog: str = "mlxgpt.train") -> Group:
 
     from . import watch
 
+    late = f"{prog}: error: {socket.gethostname()}: MLX could not connect all ranks in {watch.START:.0f} s"
     try:
-        group = Group(mx.distributed.init(strict=True, backend=backend))
+        with watch.guarded(f"{late}; are their addresses in the hostfile right, and open to each other?"):
+            group = Group(mx.distributed.init(strict=True, backend=backend))
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(f"distributed: MLX's backend {backend} does not start: {error}") from None
     hosts = [host.decode(errors="replace") for host in group.gather(socket.gethostname().encode())]

@@ -255,13 +255,18 @@ class Run:
 
 
 class _Interrupt:
-    """While it is entered, a first Ctrl-C or SIGTERM only sets `asked`; a second one interrupts."""
+    """While it is entered, a first Ctrl-C, SIGTERM or SIGHUP only sets `asked`; a second one interrupts.
+
+    SIGHUP is what Ctrl-C in mlx.launch makes of itself on the far side of an ssh; nohup's stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> None:
-        self._handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        signals += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        self._handlers = {s: signal.signal(s, self._ask) for s in signals}
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._handlers.items():

@@ -13,13 +13,17 @@ import os
 import secrets
 import selectors
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one that are a death: far above any stretch in which Python threads can't run
+START = 120.0  # seconds for all ranks to start: one may be a machine that first has to read Python from a slow disk
 MEETING = 20.0  # seconds for all ranks to connect, right after MLX has connected them
 VERDICT = 5.0  # seconds that an error of MLX's waits for the watch to name the rank behind it
 FAREWELL = 10.0  # seconds that on_death may take
@@ -150,6 +154,29 @@ class Watch:
                 pass
         except OSError:
             pass
+
+
+# Runs beside a rank that MLX connects: stdin ends when that is done, or when the rank is.
+_GUARD = """
+import os, select, signal, sys
+if not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
+    print(sys.argv[3], file=sys.stderr)
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+"""
+
+
+@contextmanager
+def guarded(message: str) -> Iterator[None]:
+    """Ends this process after START seconds, with a message on stderr, unless it has left the block by then.
+
+    MLX waits for the other ranks with Python's lock held, so that no thread of this process could do it.
+    """
+    arguments = [str(os.getpid()), str(START), message]
+    guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", _GUARD, *arguments], stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        guard.communicate()
 
 
 def meet(rank: int, names: Sequence[str], gather: Callable[[bytes], list[bytes]], prog: str) -> Watch:

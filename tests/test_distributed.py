@@ -204,10 +204,12 @@ def test_mlx_launch_starts_it():
     port = socket.create_server(("127.0.0.1", 0))
     number = port.getsockname()[1]
     port.close()
+    hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2
+    Path("two.json").write_text(json.dumps({"backend": "ring", "envs": ["MLXGPT_NUM_THREADS=1"], "hosts": hosts}))
     launcher = "from mlx._distributed_utils.launch import main; main()"
     process = subprocess.Popen(  # its standard input stays open: at an end of file it spins
-        [sys.executable, "-c", launcher, "-n", "2", "--backend", "ring", "--starting-port", str(min(number, 65000)),
-         "--env", "MLXGPT_NUM_THREADS=1", "--", sys.executable, *COMMAND, *flags],
+        [sys.executable, "-c", launcher, "--hostfile", "two.json", "--starting-port", str(min(number, 65000)),
+         "--", sys.executable, *COMMAND, *flags],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     process.wait(60)
@@ -278,12 +280,22 @@ def test_a_rank_that_dies_ends_the_others_by_its_name(victim, number):
         assert Path(f"farewell{rank}").exists()
 
 
+def test_a_rank_that_never_comes_ends_the_others():
+    script = "from mlxgpt import distributed, watch; watch.START = 0.5; distributed.start()"
+    (result, _) = launch(["-c", script], ["-c", ""])
+    assert result.returncode != 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"mlxgpt.train: error: {socket.gethostname()}: MLX could not connect all ranks in 0 s")
+
+
 def test_any_rank_may_be_asked_to_stop():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case that the tests run under nohup
     processes = start([[*COMMAND, *FLAGS, "--out_dir", "run", "--max_iters", "1000000"]] * 2)
+    signal.signal(signal.SIGHUP, handler)
     for line in processes[0].stdout:
         if line.startswith("step 3/"):
             break
-    processes[1].send_signal(signal.SIGINT)
+    processes[1].send_signal(signal.SIGHUP)
     zero, one = finish(processes)
     assert (zero.returncode, zero.stderr, one.returncode, one.stderr) == (0, "", 0, "")
     assert "stopped after" in zero.stdout
