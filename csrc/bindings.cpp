@@ -274,14 +274,14 @@ void py_linear_backward(const py::buffer& dout_, const MaybeBuffer& x_, const py
 
 void py_gelu_forward(const py::buffer& x_, const py::buffer& out_, const std::string& activation) {
     const char* where = "gelu";
-    const MaybeArray x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
+    MaybeArray x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
     expect_matrix(*x.array, "(rows, n)");
     const auto rows = x->info.shape[0], n = x->info.shape[1];
     expect_distinct({out}, {x});
     const Rows in = matrix(*x.array), to = matrix(out, rows, n);
     const Gelu gelu = gelu_named(where, activation);
-    const py::gil_scoped_release release;
-    gelu_forward(static_cast<int>(rows), static_cast<int>(n), in, gelu, to);
+    const int n_rows = static_cast<int>(rows), width = static_cast<int>(n);
+    Recording::run([=] { gelu_forward(n_rows, width, in, gelu, to); }, std::move(x), std::move(out));
 }
 
 void py_gelu_backward(const py::buffer& x_, const py::buffer& dx_, const std::string& activation) {
@@ -702,8 +702,8 @@ by tile: the extra memory is O(T_k * head_dim) a thread.)");
     py::class_<Recording>(m, "Recording",
                           R"(Calls of kernels made in a with statement, to be made again by replay().
 
-What linear_forward, layer_norm_forward, embedding_forward and attention_cached are given is held, and each time
-read and written anew: change ids and offsets in place. One at a time in a thread.)")
+What linear_forward, gelu_forward, layer_norm_forward, embedding_forward and attention_cached are given is held, and
+each time read and written anew: change ids and offsets in place. One at a time in a thread.)")
         .def(py::init<>())
         .def(
             "__enter__",

@@ -7,8 +7,8 @@ the paper's own code draws it, B is zero, so that training starts from the model
 frozen. Linear in model.py computes it.
 
 Adapters are stored alone, as PEFT stores them (https://github.com/huggingface/peft): adapter_model.safetensors, and
-adapter_config.json with the path of the model that they correct, the base, to which we add the SHA-256 of its weights.
-PEFT opens them on transformers' GPT-2.
+adapter_config.json with the path of the model that they correct, the base. PEFT opens them on transformers' GPT-2.
+adapter_base.json is ours: {"sha256": ...}, the base's weights file. (PEFT warns of a key that it doesn't know.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import mlx.core as mx
 from .config import nearest
 from .model import GPT, Linear
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "adapter_base.json"
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _PARTS = ("lora_A", "lora_B")
 
@@ -49,13 +49,16 @@ class LoRA:
         for target in self.targets:
             if target not in LAYERS:
                 hint = nearest(target, LAYERS)
-                raise ValueError(f"lora_targets: unknown layer '{target}'{hint}; there are {', '.join(LAYERS)}")
+                raise ValueError(f"lora_targets: unknown layer {target!r}{hint}; there are {', '.join(LAYERS)}")
         if not self.targets:
             raise ValueError(f"lora_targets is empty, expected some of {', '.join(LAYERS)}")
 
     @staticmethod
-    def of(rank: int, alpha: float | None, targets: str, base: Path) -> LoRA:
+    def of(rank: int, alpha: float | None, targets: str, base: Path | None) -> LoRA:
         """From TrainConfig's lora_rank, lora_alpha and lora_targets, for the model in a directory."""
+        if base is None:
+            rule = "expected 0 unless init_from is a model directory (scripts/convert_weights.py makes one)"
+            raise ValueError(f"lora_rank is {rank}, {rule}")
         names = tuple(dict.fromkeys(name.strip() for name in targets.split(",") if name.strip()))
         lora = LoRA(rank, 2.0 * rank if alpha is None else alpha, names)
         return dataclasses.replace(lora, base=base.resolve(), base_sha256=_sha256(_weights_in(base)))
@@ -117,7 +120,7 @@ def file_name(name: str) -> str:
 
 
 def files(model: GPT) -> dict[str, bytes]:
-    """The small file that goes beside an adapter's tensors; none for a model without adapters."""
+    """The small files that go beside an adapter's tensors; none for a model without adapters."""
     lora: LoRA | None = model.lora
     if lora is None:
         return {}
@@ -132,9 +135,9 @@ def files(model: GPT) -> dict[str, bytes]:
         "bias": "none",
         "fan_in_fan_out": True,  # transformers' GPT-2 keeps its weights (n_in, n_out)
         "inference_mode": True,
-        "mlxgpt": {"base_sha256": lora.base_sha256},
     }
-    return {CONFIG: (json.dumps(values, indent=2) + "\n").encode()}
+    contents = {CONFIG: values, BASE: {"sha256": lora.base_sha256}}
+    return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in contents.items()}
 
 
 def is_in(directory: Path) -> bool:
@@ -144,28 +147,35 @@ def is_in(directory: Path) -> bool:
 
 def read(directory: Path) -> LoRA:
     """What the adapters in a directory are. ValueError, naming the file, for what is not an adapter of a GPT-2."""
-    path = directory / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+    path, content = directory / CONFIG, _json(directory / CONFIG)
+    if content.get("peft_type") != "LORA":
         raise ValueError(f"{path}: not the configuration of a LoRA adapter")
     for name, expected in _PLAIN.items():
         if content.get(name, expected) not in (expected, None):
             raise ValueError(f"{path}: {name} is {content[name]!r}, expected {expected!r}")
     names = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
     rank, alpha, targets, base = (content.get(name) for name in names)
-    ours = content.get("mlxgpt")
-    sha256 = ours.get("base_sha256", "") if isinstance(ours, dict) else ""
+    sha256 = _json(directory / BASE).get("sha256") if (directory / BASE).is_file() else ""  # PEFT's own say none
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or not isinstance(targets, list):
         raise ValueError(f"{path}: r, lora_alpha or target_modules is missing or of another type")
-    if not isinstance(base, str) or not base or not isinstance(sha256, str):
+    if not isinstance(sha256, str):
+        raise ValueError(f"{directory / BASE}: sha256 is {sha256!r}, expected a digest")
+    if not isinstance(base, str) or not base:
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}, expected a model directory")
     try:
         return LoRA(rank, float(alpha), tuple(targets), Path(base), sha256)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not an object of settings")
+    return content
 
 
 _PLAIN: dict[str, Any] = {  # PEFT's variants that compute something else
