@@ -72,7 +72,7 @@ class Run:
         go_on_after = self.first_step if home else None
         shown = {**_settings_of_run(config), **vars(model_config)}
         to = loggers.start(config, self.out_dir, go_on_after, shown, functools.partial(report.say, console))
-        self.metrics = report.Metrics(self.out_dir / loggers.METRICS, go_on_after, to)
+        self.metrics = report.Metrics(self.out_dir / report.METRICS, go_on_after, to)
         self.best, self.best_step = math.inf, 0
         if record and (self.out_dir / "best").is_dir() and record["best_val_loss"] is not None:
             self.best = record["best_val_loss"]  # that model's
