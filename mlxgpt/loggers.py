@@ -12,9 +12,9 @@ from typing import Any
 
 from .checkpoint import write_file
 from .config import TrainConfig
-from .report import History, Logger
+from .report import METRICS, History, Logger
 
-TENSORBOARD, WANDB_ID, METRICS = "tensorboard", "wandb_id", "metrics.jsonl"  # in the run's directory
+TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"  # in the run's directory
 
 
 def require(config: TrainConfig) -> None:
@@ -52,12 +52,12 @@ class TensorBoard:
         purge = None if after is None else after + 1
         # A file's name has its second, in which a run may end and go on: hence the suffix.
         suffix = f".{uuid.uuid4().hex[:8]}"
-        self._writer = SummaryWriter(str(directory), purge_step=purge, filename_suffix=suffix)
+        # Writing is another thread's; a process that is killed loses what it logged in its last second.
+        self._writer = SummaryWriter(str(directory), purge_step=purge, filename_suffix=suffix, flush_secs=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # as metrics.jsonl: what was logged outlives the process
 
     def close(self) -> None:
         self._writer.close()

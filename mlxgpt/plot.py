@@ -15,7 +15,7 @@ from .report import History
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white swallows.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-STYLES = ("-", "--", ":", "-.")  # for runs that the colours don't reach
+STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 1, 1, 1, 1, 1)), (0, (8, 4)))  # when the colours are used up
 LABELS = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 MOST_IN_COLUMN = 20  # runs in a column of the legend beside the axes
 
@@ -26,11 +26,11 @@ def draw_losses(
     """Training (thin) and validation losses (bold) of some runs over x: step, tokens or seconds. A PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
     several, beside = len(runs) > 1, len(runs) > 6
     columns = -(-len(runs) // MOST_IN_COLUMN)
-    figure = Figure(figsize=(8 + 3.2 * columns * beside, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8 + 4 * columns * beside, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     looks = itertools.cycle(itertools.product(STYLES, COLOURS))
@@ -38,10 +38,12 @@ def draw_losses(
         steps, losses = history.curve("val_loss", x)
         best = history.best()
         lowest = f", lowest {best[0]:.3f} at step {best[1]}" if best else ""
-        marker = "o" if len(steps) <= 50 else None
         thin, bold = ("", _shortened(name)) if several else ("training", "validation")
-        axes.plot(*history.curve("loss", x), color=colour, linewidth=0.9, alpha=0.45, label=thin)
-        axes.plot(steps, losses, style, color=colour, linewidth=2, marker=marker, markersize=4, label=bold + lowest)
+        for curve, label, look in (
+            (history.curve("loss", x), thin, dict(linewidth=0.9, alpha=0.45, markersize=3)),
+            ((steps, losses), bold + lowest, dict(linewidth=2, linestyle=style, markersize=4)),
+        ):
+            axes.plot(*curve, color=colour, label=label, marker="o" if len(curve[0]) <= 50 else "", **look)
     if x == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif x == "tokens":
@@ -49,6 +51,8 @@ def draw_losses(
     axes.set(xlabel=LABELS[x], ylabel="loss (nats per token)", title=title, xlim=(0, None))
     if log:
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     options: dict[str, Any] = dict(frameon=False, fontsize="small", alignment="left")

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from . import device
 from .checkpoint import write_file
+
+METRICS = "metrics.jsonl"  # in the run's directory
 
 
 class History:
@@ -53,7 +56,7 @@ class History:
         if x == "step":
             return steps, values
         known = {0: 0.0, **dict(zip(*self.curve(x), strict=True))}
-        return [_between(known, step) for step in steps], values
+        return np.interp(steps, list(known), list(known.values())).tolist(), values
 
     def last(self, name: str, default: Any = None) -> Any:
         """The newest value of a quantity."""
@@ -68,6 +71,13 @@ class History:
         steps, losses = self.curve("val_loss")
         return min(zip(losses, map(int, steps), strict=True), default=None)
 
+    def speed(self) -> tuple[float, float] | None:
+        """Tokens per second of training over all of it, and the MFU at that speed, 0 where no line has one."""
+        tokens, seconds, newest = (self.last(name, 0) for name in ("tokens", "seconds", "tokens_per_s"))
+        if not (seconds and newest):
+            return None
+        return tokens / seconds, self.last("mfu", 0) * tokens / seconds / newest
+
 
 def _line(row: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None if it is none."""
@@ -76,14 +86,6 @@ def _line(row: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
-def _between(known: Mapping[float, float], step: float) -> float:
-    """The value at a step on the straight line between the nearest known ones; beyond them, that of the last."""
-    after = min((s for s in known if s >= step), default=max(known))
-    before = max((s for s in known if s <= step), default=after)
-    share = (step - before) / (after - before) if after > before else 0.0
-    return known[before] + share * (known[after] - known[before])
 
 
 class Logger(Protocol):
@@ -223,7 +225,7 @@ class Progress:
         share = f"MFU {mfu['mfu']:.0%}  " if mfu else ""
         text = (
             f"loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {share}{memory_text(values['memory'])}  "
-            f"ETA {_duration(self._left(step))}"
+            f"ETA {duration(self._left(step))}"
         )
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal:
@@ -251,19 +253,18 @@ class Progress:
 
 def summary(history: History, step: int, max_iters: int, out_dir: Path) -> str:
     """What a run has come to, in some lines: how far and how fast, how well, what happened, and how to go on."""
-    tokens, seconds, speed = (history.last(name, 0) for name in ("tokens", "seconds", "tokens_per_s"))
-    mfu, memory, best = history.last("mfu"), history.last("memory"), history.best()
+    memory, best = history.last("memory"), history.best()
     head = f"done after {step} steps" if step == max_iters else f"stopped after {step} of {max_iters} steps"
     if best:
         head += f"; best validation loss {best[0]:.4f} at step {best[1]}"
     lines = [head]
-    if seconds:
-        rate = tokens / seconds
-        share = f", MFU {mfu * rate / speed:.1%}" if mfu else ""  # at the mean speed
-        lines.append(f"trained: {tokens:,} tokens in {_duration(seconds)}, {rate:,.0f} tokens/s{share}")
+    if speed := history.speed():
+        share = f", MFU {speed[1]:.1%}" if speed[1] else ""
+        took = duration(history.last("seconds"))
+        lines.append(f"trained: {history.last('tokens'):,} tokens in {took}, {speed[0]:,.0f} tokens/s{share}")
     if memory:
         lines.append(f"memory: {memory_text(memory)} at most")
-    if events := [f"{len(found)} {what}" for name, what in _EVENTS.items() if (found := history.events(name))]:
+    if events := [f"{what} {len(found)}" for name, what in _EVENTS.items() if (found := history.events(name))]:
         lines.append(f"events: {', '.join(events)}")
     lines += [
         f"loss curve: {out_dir / 'loss.png'}",
@@ -273,7 +274,7 @@ def summary(history: History, step: int, max_iters: int, out_dir: Path) -> str:
     return "\n".join(lines)
 
 
-_EVENTS = {"skipped": "skipped (no finite loss or gradient)", "spike": "spikes of the loss"}
+_EVENTS = {"skipped": "skipped steps", "spike": "spikes of the loss"}
 
 
 def memory_text(n: float) -> str:
@@ -281,7 +282,8 @@ def memory_text(n: float) -> str:
     return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
