@@ -123,11 +123,9 @@ class Start:
 def choose_trained(model: GPT, config: TrainConfig, start: Start | None) -> None:
     """Gives a model the adapters that the settings ask for, and freezes what they say. ValueError."""
     if config.lora_rank and model.lora is None:
-        if start is None or start.directory is None:
-            what = f"{start.path} is none" if start else "there is none"
-            raise ValueError(f"lora_rank: adapters correct a model directory, which --init_from names, but {what}")
         mx.random.seed(config.seed)
-        lora.add(model, lora.LoRA.of(config.lora_rank, config.lora_alpha, config.lora_targets, start.directory))
+        base = start.directory if start else None
+        lora.add(model, lora.LoRA.of(config.lora_rank, config.lora_alpha, config.lora_targets, base))
     if config.freeze:
         model.freeze_named(name.strip() for name in config.freeze.split(",") if name.strip())
 
@@ -141,13 +139,19 @@ class Begin:
     """What the settings that are given say to begin from, once they are known."""
 
     start: Start | None = None
+    anew = False  # a run that is resumed, but has no checkpoint yet
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Finds it -> the settings that come with it. FileNotFoundError, ValueError, cli.UsageError."""
         if given.get("init_from") and given.get("resume"):
             raise cli.UsageError("init_from and resume are both given, expected one of them")
         if given.get("resume"):
-            path, damaged = training_state.find(Path(str(given["resume"])).expanduser())
+            path = Path(str(given["resume"])).expanduser()
+            if _without_checkpoint(path):
+                self.anew = True
+                again = cli.read_toml(str(path / "settings.toml")) | {"out_dir": str(path), "overwrite": True}
+                return {**self.settings(again), **again}
+            path, damaged = training_state.find(path)
             record = training_state.load_training_record(path)
             self.start = Start(path, checkpoint.load_config(path), tokenizer.load(path), record, tuple(damaged))
         elif given.get("init_from"):
@@ -157,8 +161,7 @@ class Begin:
         return self.start.settings() if self.start else {}
 
 
-def begun_without_checkpoint(resume: str) -> Path | None:
-    """A run that ended before its first checkpoint: it has its settings, and begins anew."""
-    run = Path(resume).expanduser()
-    there = (run / "settings.toml").is_file() and (run / "metrics.jsonl").is_file()
-    return run if there and not any((run / name).exists() for name in ("checkpoints", "last")) else None
+def _without_checkpoint(run: Path) -> bool:
+    """Whether a run has ended before its first checkpoint: all that it has is its settings."""
+    names = (*run.glob("checkpoints/step-*"), run / "last", run / training_state.TRAINING)
+    return (run / "settings.toml").is_file() and not any(path.exists() for path in names)

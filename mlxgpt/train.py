@@ -104,11 +104,11 @@ class Run:
         """Writes the run's first files, and says what it is."""
         config, shape, writes = self.config, self.config.model, self.group.rank == 0
         after = None if self.is_new else self.first_step
+        if writes:
+            checkpoint.write_file(self.out_dir / "settings.toml", _toml(config))
         others = loggers.start(config, self.out_dir, after, _all_settings(config), self._say) if writes else []
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl" if writes else None, after, others)
         self.checkpoints = training_state.Checkpoints(self.out_dir, config.keep_last) if writes else None
-        if writes:
-            checkpoint.write_file(self.out_dir / "settings.toml", _toml(config))
         n_train, n_val = self.data.sizes()
         how = "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
         ranks = f", {self.group.size} ranks" if self.group.size > 1 else ""
@@ -350,6 +350,8 @@ def main(args: Sequence[str]) -> None:
         config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
         loggers.require(config)
         console = Console(quiet=group.rank > 0)
+        if begin.anew:
+            report.say(console, f"{config.resume} has no checkpoint yet: the run begins anew")
         Run(config, names | set(cli.given(TrainConfig, args)), begin.start, console, group).train()
 
 

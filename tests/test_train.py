@@ -38,7 +38,8 @@ def test_a_run_writes_what_it_says(corpus, tmp_path):
     result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == ["best", "checkpoints", "last", "loss.png", "metrics.jsonl", "settings.toml"]
+    written = ["best", "checkpoints", "last", "loss.png", "metrics.jsonl", "settings.toml"]
+    assert sorted(p.name for p in run.iterdir()) == written
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
@@ -83,7 +84,7 @@ def test_a_model_that_has_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: next(values))
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--log_interval", "100"]
-    with pytest.raises(ValueError, match="loss is nan at step 6: training has diverged.* the last good checkpoint is step-0000003"):
+    with pytest.raises(ValueError, match=r"loss is nan at step 6: .* last good checkpoint is step-0000003"):
         train.main(flags)
     best, last = (checkpoint.load_model(tmp_path / "run" / name) for name in ("best", "last"))
     assert mx.array_equal(best.wte.weight, last.wte.weight).item()
@@ -257,17 +258,23 @@ def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
     [
         ("--init_from nowhere", 1, "init_from: there is no file or directory nowhere"),
         ("--init_from empty", 1, "init_from: empty is not a model directory: it has no config.json"),
-        ("--init_from half --n_layer 2", 1, "n_layer is 2, but 1 in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --no-tied_head", 1, "tied_head is False, but True in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --vocab_size 64", 1, "vocab_size is 64, but 28 in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --block_size 17", 1, "block_size is 17, but 16 in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --tokenizer gpt2", 1, "tokenizer is gpt2, but char in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --data other.txt", 1, "data: other does not fit the tokenizer of half/checkpoints/step-0000006: character 'é'"),
+        ("--init_from half --n_layer 2", 1, "n_layer is 2, but 1 in the model of STEP6"),
+        ("--init_from half --no-tied_head", 1, "tied_head is False, but True in the model of STEP6"),
+        ("--init_from half --vocab_size 64", 1, "vocab_size is 64, but 28 in the model of STEP6"),
+        ("--init_from half --block_size 17", 1, "block_size is 17, but 16 in the model of STEP6"),
+        ("--init_from half --tokenizer gpt2", 1, "tokenizer is gpt2, but char in the model of STEP6"),
+        ("--init_from half --data other.txt", 1, "data: other does not fit the tokenizer of STEP6: character 'é'"),
         ("--init_from half --resume half", 2, "init_from and resume are both given, expected one of them"),
         ("--resume nowhere", 1, "resume: nowhere holds no training state: it has no training.json"),
-        ("--resume half", 1, "max_iters is 6, but half/checkpoints/step-0000006 has done 6 steps already"),
-        ("--resume half --max_iters 9 --block_size 8", 1, "block_size is 8, but 16 in the model of half/checkpoints/step-0000006"),
-        ("--resume torn --max_iters 9", 1, "resume: no checkpoint of torn is whole: torn/checkpoints/step-0000006: optimizer.safetensors is missing"),
+        ("--resume half", 1, "max_iters is 6, but STEP6 has done 6 steps already"),
+        ("--resume half --max_iters 9 --block_size 8", 1, "block_size is 8, but 16 in the model of STEP6"),
+        ("--resume torn --max_iters 9", 1, "resume: no checkpoint of torn is whole: torn/checkpoints/step-0000006: "),
+        ("--resume half --max_iters 9 --seed 1", 1, "seed is 1, but 1337 in STEP6, and a run can't change it"),
+        ("--resume half --max_iters 9 --freeze wte", 1, "freeze is 'wte', but '' in STEP6, and a run can't change it"),
+        ("--resume half --max_iters 9 --data more.txt", 1, "data: more is not what STEP6 was trained on; --init_from"),
+        ("--resume half/checkpoints/step-0000003 --max_iters 9", 1, "resume: half has gone on from step-0000003 to"),
+        ("--resume newer --max_iters 9", 1, "newer/training.json: format is 99, this version reads up to 2"),
+        ("--resume half --max_iters 9 --out_dir other", 1, "out_dir: other already holds a run; give another, or"),
     ],
 )
 def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
@@ -276,12 +283,20 @@ def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch,
     shutil.copytree(half, tmp_path / "torn", symlinks=True)
     for path in (tmp_path / "torn" / "checkpoints").glob("*/optimizer.safetensors"):
         path.unlink()
+    (tmp_path / "more.txt").write_text("the lazy dog\n" * 400)
+    shutil.copytree(half / "last", tmp_path / "newer")
+    (tmp_path / "newer" / "SHA256SUMS").unlink()
+    record = json.loads((tmp_path / "newer" / "training.json").read_text())
+    (tmp_path / "newer" / "training.json").write_text(json.dumps(record | {"format": 99}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text("")
     before = files(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", *flags.split()])
     with pytest.raises(SystemExit) as stop:
         cli.run("mlxgpt.train", train.main)
     assert stop.value.code == status
     (line,) = capsys.readouterr().err.splitlines()
+    message = message.replace("STEP6", "half/checkpoints/step-0000006")
     assert line.startswith(f"mlxgpt.train: error: {message}")
     assert files(tmp_path) == before
 
