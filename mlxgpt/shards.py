@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,9 +106,16 @@ def open_prepared(path: str | Path) -> Prepared:
                 raise ValueError(
                     f"{file}: it has {size} bytes, expected {expected} of {shard['tokens']} {manifest['dtype']} tokens"
                 )
-            maps[split].append(np.memmap(file, dtype, "r"))
+            maps[split].append(open_shard(file, dtype))
     fingerprint = hashlib.sha256(content).hexdigest()
     return Prepared(path, path.resolve().name, text, maps["train"], maps["val"], manifest, fingerprint)
+
+
+def open_shard(file: Path, dtype: np.dtype) -> np.memmap:
+    """A shard (n,), memory-mapped: without reading ahead, which for windows here and there reads far too much."""
+    shard = np.memmap(file, dtype, "r")
+    shard._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return shard
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
