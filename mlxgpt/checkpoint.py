@@ -52,7 +52,8 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
         for name, content in small_files(model, tokenizer).items():
             write_file(temporary / name, content)
         name, tensors = weights_file(model)
-        safetensors_file.write(temporary / name, tensors, sync=True)
+        safetensors_file.write(temporary / name, tensors)
+        sync(temporary / name)
         put(temporary, directory)
     except OSError as error:
         raise OSError(f"{directory}: the model can't be written: {error.strerror}") from None
@@ -88,6 +89,15 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Puts a file's content, or a directory's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_model(path: Path, setting: str = "model") -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -112,12 +111,10 @@ def write(
     tensors: Mapping[str, Tensor],
     done: Callable[[int], None] = lambda n: None,
     digest: Any = None,
-    sync: bool = False,
 ) -> None:
     """Writes a file; `done` hears of bytes written. One tensor is held at a time.
 
-    `digest`, one of hashlib's, is updated with all that is written; with `sync` the file is on the disk when this
-    returns.
+    `digest`, one of hashlib's, is updated with all that is written.
     """
     with open(path, "wb") as file:
 
@@ -134,9 +131,6 @@ def write(
             write(array.reshape(-1).view(np.uint8).data)  # (bytes,), not copied
             done(array.nbytes)
             del array
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -129,24 +129,29 @@ class Checkpoints:
         self.run, self.keep_last, self._on_saved = run, keep_last, on_saved
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._copies: dict[tuple[str, str], np.ndarray] = {}
         _remove_leftovers(run)
         _adopt_last(run)
 
     def save(self, model: GPT, tokenizer: Tokenizer | None, state: TrainingState, best: bool) -> None:
-        """Copies what is to be written and returns; waits for an earlier checkpoint first. OSError of that one."""
+        """Begins a checkpoint of the model and the optimizer as they are, and returns; waits for an earlier one first.
+
+        Nothing is copied unless the next step comes before all is read: then that step waits until what is left is
+        copied. OSError of an earlier checkpoint.
+        """
         self.wait()
         optimizer = state.optimizer
         weights_file, weights = checkpoint.weights_file(model)
         files = {weights_file: weights, OPTIMIZER: checkpoint.array_tensors(optimizer.averages(model))}
-        if kernels.available():  # which update weights and averages in place; MLX makes new ones
-            files = {name: _copied(tensors) for name, tensors in files.items()}
+        lent = _Lent(files, self._copies)
+        optimizer.before_update = lent.take_back
         record = training_json(
             step=state.step, learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0],
             beta2=optimizer.betas[1], eps=optimizer.eps, weight_decay=optimizer.weight_decay,
             best_val_loss=state.best_val_loss, settings=state.settings, progress=state.progress,
         )  # fmt: skip
         small = {**checkpoint.small_files(model, tokenizer), TRAINING: record}
-        self._thread = threading.Thread(target=self._run, args=(state.step, small, files, best), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(state.step, small, lent, best), name="checkpoint")
         self._thread.start()
 
     def check(self) -> None:
@@ -162,12 +167,10 @@ class Checkpoints:
             self._thread = None
         self.check()
 
-    def _run(
-        self, step: int, small: dict[str, bytes], files: dict[str, dict[str, Tensor]], best: bool
-    ) -> None:  # in the thread
+    def _run(self, step: int, small: Mapping[str, bytes], lent: _Lent, best: bool) -> None:  # in the thread
         directory, start = self.run / CHECKPOINTS / _name(step), time.perf_counter()
         try:
-            _write(directory, small, files)
+            _write(directory, small, lent)
             for link in (BEST, LAST) if best else (LAST,):
                 _turn(self.run, link, directory)
             _prune(self.run, step, self.keep_last)
@@ -179,6 +182,8 @@ class Checkpoints:
             self._failure = OSError(f"{directory}: the checkpoint can't be written: {reason}; {kept}")
         except BaseException as error:
             self._failure = error
+        finally:
+            lent.give_back()
 
 
 def find(path: Path) -> tuple[Path, list[str]]:
@@ -272,17 +277,53 @@ def _sums(digests: Mapping[str, str]) -> bytes:
     return "".join(f"{digests[name]}  {name}\n" for name in names).encode()
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in memory of their own, let go as they are read."""
-    copies = {}
-    for name, tensor in tensors.items():
-        x = tensor.read()
-        kernels.copy(x, out := np.empty(x.shape, x.dtype))
-        copies[name] = out
-    return {name: Tensor(t.dtype, t.shape, functools.partial(copies.pop, name)) for name, t in tensors.items()}
+class _Lent:
+    """A model's own arrays while a thread writes them, for as long as no step changes them in place."""
+
+    def __init__(self, files: Mapping[str, Mapping[str, Tensor]], copies: dict[tuple[str, str], np.ndarray]) -> None:
+        """What had to be copied has its memory in `copies` from then on: fresh memory takes ten times as long."""
+        self._copies = copies
+        self._unread = {(file, name): t.read() for file, tensors in files.items() for name, t in tensors.items()}
+        self._condition, self._reading = threading.Condition(), False  # an array of the model's, not a copy
+        self._is_copy = False
+        self.files = {
+            file: {
+                name: Tensor(t.dtype, t.shape, functools.partial(self._read, (file, name)))
+                for name, t in tensors.items()
+            }
+            for file, tensors in files.items()
+        }
+
+    def _read(self, key: tuple[str, str]) -> np.ndarray:
+        with self._condition:
+            self._reading = not self._is_copy
+            return self._unread.pop(key)
+
+    def written(self, n: int = 0) -> None:
+        """What was read last is not needed any more."""
+        with self._condition:
+            self._reading = False
+            self._condition.notify()
+
+    def give_back(self) -> None:
+        """Nothing more will be read."""
+        with self._condition:
+            self._unread.clear()
+        self.written()
+
+    def take_back(self) -> None:
+        """From now on the thread reads copies."""
+        with self._condition:
+            for key, array in self._unread.items():
+                if key not in self._copies:
+                    self._copies[key] = np.empty(array.shape, array.dtype)
+                kernels.copy(array, self._copies[key])
+                self._unread[key] = self._copies[key]
+            self._is_copy = True
+            self._condition.wait_for(lambda: not self._reading)
 
 
-def _write(directory: Path, small: Mapping[str, bytes], files: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _write(directory: Path, small: Mapping[str, bytes], lent: _Lent) -> None:
     """A checkpoint's directory, which appears when all of it is on the disk."""
     directory.parent.mkdir(exist_ok=True)
     temporary = _beside(directory)
@@ -291,14 +332,15 @@ def _write(directory: Path, small: Mapping[str, bytes], files: Mapping[str, Mapp
         digests = {name: hashlib.sha256(content) for name, content in small.items()}
         for name, content in small.items():
             checkpoint.write_file(temporary / name, content)
-        for name, tensors in files.items():
+        for name, tensors in lent.files.items():
             digests[name] = hashlib.sha256()
-            safetensors_file.write(temporary / name, tensors, digest=digests[name], sync=True)
-        sums = {name: digest.hexdigest() for name, digest in digests.items()}
-        checkpoint.write_file(temporary / SUMS, _sums(sums))
-        _sync(temporary)
+            safetensors_file.write(temporary / name, tensors, lent.written, digests[name])
+        for name in lent.files:  # which takes longer than all before, and no array any more
+            checkpoint.sync(temporary / name)
+        checkpoint.write_file(temporary / SUMS, _sums({name: digest.hexdigest() for name, digest in digests.items()}))
+        checkpoint.sync(temporary)
         checkpoint.put(temporary, directory)
-        _sync(directory.parent)
+        checkpoint.sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -310,7 +352,7 @@ def _turn(run: Path, link: str, directory: Path) -> None:
     if (run / link).is_dir() and not (run / link).is_symlink():  # an earlier version's, which a link can't replace
         os.rename(run / link, old)
     os.replace(temporary, run / link)
-    _sync(run)
+    checkpoint.sync(run)
     _remove(old)
 
 
@@ -331,7 +373,7 @@ def _drop_training_state(directory: Path) -> None:
             rest = {name: digest for name, digest in sums.items() if name not in (TRAINING, OPTIMIZER)}
             if rest != sums:
                 checkpoint.write_file(directory / SUMS, _sums(rest))
-                _sync(directory)
+                checkpoint.sync(directory)
         for name in (TRAINING, OPTIMIZER):
             (directory / name).unlink(missing_ok=True)
 
@@ -343,7 +385,7 @@ def _adopt_last(run: Path) -> None:
         directory = run / CHECKPOINTS / _name(load_training_record(last)["step"])
         directory.parent.mkdir(exist_ok=True)
         checkpoint.put(last, directory)
-        _sync(directory.parent)
+        checkpoint.sync(directory.parent)
         _turn(run, LAST, directory)
 
 
@@ -370,15 +412,6 @@ def _remove(path: Path) -> None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _sync(directory: Path) -> None:
-    """Puts a directory's names on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _name(step: int) -> str:
