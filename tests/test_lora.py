@@ -335,6 +335,7 @@ def test_transformers_opens_the_merged_model(base, tmp_path):
     assert np.abs(logits - np.array(model(X))).max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers has deprecated
 def test_peft_opens_an_adapter(base, tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
