@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from . import kernels
 from .cache import KVCache
@@ -106,18 +107,34 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
         return kernels.checkpointed(module, x, *args)
     keys: list[mx.array] = []
 
-    @mx.checkpoint
-    def call(weights: dict[str, Any], x: mx.array) -> mx.array:
+    def run(weights: dict[str, Any], x: mx.array, again: Iterable[mx.array] = ()) -> mx.array:
         held = module.parameters()
         module.update(weights)
-        _masks.drawn, _masks.again = keys, iter(list(keys))
+        _masks.drawn, _masks.again = keys, iter(again)
         try:
             return module(x, *args)
         finally:
             _masks.drawn, _masks.again = None, iter(())
             module.update(held)
 
-    return call(module.parameters(), x)
+    call = mx.custom_function(run)
+
+    @call.vjp
+    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+        flat = tree_flatten(primals[0])
+        names, weights = [name for name, _ in flat], [weight for _, weight in flat]
+        # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
+        # weights' gradients for later: then all activations are held after all.
+        x, *again = mx.depends([primals[1], *keys], [cotangent])
+
+        def call_again(x: mx.array, *weights: mx.array) -> mx.array:
+            return run(tree_unflatten(list(zip(names, weights, strict=True))), x, again)
+
+        _, gradients = mx.vjp(call_again, [x, *weights], [cotangent])
+        dx, *gradients = mx.depends(gradients[:1], gradients[1:]) + gradients[1:]
+        return tree_unflatten(list(zip(names, gradients, strict=True))), dx
+
+    return call(module.trainable_parameters(), x)
 
 
 class _Masks(threading.local):
