@@ -3,8 +3,8 @@
     python scripts/yardstick.py [--data FILE] [--steps N] [--float64] [--out yardstick.png]
 
 nanoGPT's recipe for a CPU (the preset `cpu`): 4 layers, 4 heads, 128 wide, 64 characters, batches of 12, AdamW,
-clipping, warm-up and cosine decay. Rounding differs, and what differs grows from step to step. With --float64 PyTorch
-trains a third time in double precision, which tells how far from there rounding alone takes each of the two.
+clipping, warm-up and cosine decay. Only rounding differs. With --float64 PyTorch trains a third time in double
+precision, which tells how far from there rounding takes each of the two.
 """
 
 from __future__ import annotations
