@@ -99,9 +99,10 @@ def _flags(cls: type, args: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _one_line(box: str) -> str:
-    """tyro's framed error message as one line."""
-    rows = [row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
-    text = " ".join(rows).split("───")[0].split("For full helptext")[0]
+    """tyro's framed error message as one line. Without UTF-8 the frame is a title above a rule."""
+    rows = (row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰")))
+    parts = re.split(r"\n[─-]{10,}", "\n".join(rows))
+    text = (parts[0] if "╭" in box else parts[1]).split("For full helptext")[0]
     return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
 
 
