@@ -121,8 +121,8 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
 
     @call.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        flat = tree_flatten(primals[0])
-        names, weights = [name for name, _ in flat], [weight for _, weight in flat]
+        held: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
+        names, weights = list(held), list(held.values())
         # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
         # weights' gradients for later: then all activations are held after all.
         x, *again = mx.depends([primals[1], *keys], [cotangent])

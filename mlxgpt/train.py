@@ -109,6 +109,8 @@ class Run:
         others = loggers.start(config, self.out_dir, after, _all_settings(config), self._say) if writes else []
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl" if writes else None, after, others)
         self.checkpoints = training_state.Checkpoints(self.out_dir, config.keep_last) if writes else None
+        if self.checkpoints:
+            self.group.on_death(self.checkpoints.wait)
         n_train, n_val = self.data.sizes()
         how = "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
         ranks = f", {self.group.size} ranks" if self.group.size > 1 else ""
