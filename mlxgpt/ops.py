@@ -121,16 +121,16 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
 
     @call.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        held: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
-        names, weights = list(held), list(held.values())
+        flat: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
+        names, parts = list(flat), list(flat.values())
         # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
         # weights' gradients for later: then all activations are held after all.
         x, *again = mx.depends([primals[1], *keys], [cotangent])
 
-        def call_again(x: mx.array, *weights: mx.array) -> mx.array:
-            return run(tree_unflatten(list(zip(names, weights, strict=True))), x, again)
+        def call_again(x: mx.array, *parts: mx.array) -> mx.array:
+            return run(tree_unflatten(list(zip(names, parts, strict=True))), x, again)
 
-        _, gradients = mx.vjp(call_again, [x, *weights], [cotangent])
+        _, gradients = mx.vjp(call_again, [x, *parts], [cotangent])
         dx, *gradients = mx.depends(gradients[:1], gradients[1:]) + gradients[1:]
         return tree_unflatten(list(zip(names, gradients, strict=True))), dx
 
