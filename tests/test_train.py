@@ -38,7 +38,14 @@ def test_a_run_writes_what_it_says(corpus, tmp_path):
     result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == ["best", "checkpoints", "last", "loss.png", "metrics.jsonl", "settings.toml"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "best",
+        "checkpoints",
+        "last",
+        "loss.png",
+        "metrics.jsonl",
+        "settings.toml",
+    ]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
@@ -258,16 +265,44 @@ def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
         ("--init_from nowhere", 1, "init_from: there is no directory nowhere"),
         ("--init_from empty", 1, "init_from: empty is not a model directory: it has no config.json"),
         ("--init_from half --n_layer 2", 1, "n_layer is 2, but 1 in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --no-tied_head", 1, "tied_head is False, but True in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --vocab_size 64", 1, "vocab_size is 64, but 28 in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --block_size 17", 1, "block_size is 17, but 16 in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --tokenizer gpt2", 1, "tokenizer is gpt2, but char in the model of half/checkpoints/step-0000006"),
-        ("--init_from half --data other.txt", 1, "data: other does not fit the tokenizer of half/checkpoints/step-0000006: character 'é'"),
+        (
+            "--init_from half --no-tied_head",
+            1,
+            "tied_head is False, but True in the model of half/checkpoints/step-0000006",
+        ),
+        (
+            "--init_from half --vocab_size 64",
+            1,
+            "vocab_size is 64, but 28 in the model of half/checkpoints/step-0000006",
+        ),
+        (
+            "--init_from half --block_size 17",
+            1,
+            "block_size is 17, but 16 in the model of half/checkpoints/step-0000006",
+        ),
+        (
+            "--init_from half --tokenizer gpt2",
+            1,
+            "tokenizer is gpt2, but char in the model of half/checkpoints/step-0000006",
+        ),
+        (
+            "--init_from half --data other.txt",
+            1,
+            "data: other does not fit the tokenizer of half/checkpoints/step-0000006: character 'é'",
+        ),
         ("--init_from half --resume half", 2, "init_from and resume are both given, expected one of them"),
         ("--resume nowhere", 1, "resume: nowhere holds no training state: it has no training.json"),
         ("--resume half", 1, "max_iters is 6, but half/checkpoints/step-0000006 has done 6 steps already"),
-        ("--resume half --max_iters 9 --block_size 8", 1, "block_size is 8, but 16 in the model of half/checkpoints/step-0000006"),
-        ("--resume torn --max_iters 9", 1, "resume: no checkpoint of torn is whole: torn/checkpoints/step-0000006: optimizer.safetensors is missing"),
+        (
+            "--resume half --max_iters 9 --block_size 8",
+            1,
+            "block_size is 8, but 16 in the model of half/checkpoints/step-0000006",
+        ),
+        (
+            "--resume torn --max_iters 9",
+            1,
+            "resume: no checkpoint of torn is whole: torn/checkpoints/step-0000006: optimizer.safetensors is missing",
+        ),
     ],
 )
 def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
