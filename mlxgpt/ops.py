@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -122,17 +122,19 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
     @call.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         flat: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
-        names, parts = list(flat), list(flat.values())
         # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
         # weights' gradients for later: then all activations are held after all.
         x, *again = mx.depends([primals[1], *keys], [cotangent])
 
-        def call_again(x: mx.array, *parts: mx.array) -> mx.array:
-            return run(tree_unflatten(list(zip(names, parts, strict=True))), x, again)
+        def call_again(x: mx.array, *weights: mx.array) -> mx.array:
+            return run(named(weights), x, again)
 
-        _, gradients = mx.vjp(call_again, [x, *parts], [cotangent])
-        dx, *gradients = mx.depends(gradients[:1], gradients[1:]) + gradients[1:]
-        return tree_unflatten(list(zip(names, gradients, strict=True))), dx
+        def named(arrays: Sequence[mx.array]) -> Any:
+            return tree_unflatten(list(zip(flat, arrays, strict=True)))
+
+        _, gradients = mx.vjp(call_again, [x, *flat.values()], [cotangent])
+        (dx,) = mx.depends(gradients[:1], gradients[1:])
+        return named(gradients[1:]), dx
 
     return call(module.trainable_parameters(), x)
 
