@@ -136,7 +136,8 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
         (dx,) = mx.depends(gradients[:1], gradients[1:])
         return named(gradients[1:]), dx
 
-    return call(module.trainable_parameters(), x)
+    out: mx.array = call(module.trainable_parameters(), x)
+    return out
 
 
 class _Masks(threading.local):
