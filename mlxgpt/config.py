@@ -88,7 +88,8 @@ class TrainConfig:
     overwrite: bool = False
     """write into an out_dir that already holds a run"""
     init_from: str = ""
-    """a model directory, or a run, to start from: its weights, shape and tokenizer"""
+    """what to start from, its weights, shape and tokenizer: a model directory, a run, nanoGPT's ckpt.pt, or what else
+    the converter reads"""
     resume: str = ""
     """a run, or a model directory with training state, to go on with; its settings hold unless others are given"""
 
