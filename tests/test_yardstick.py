@@ -24,6 +24,7 @@ def yardstick(monkeypatch):
 
 
 def test_the_curves_are_one_until_a_recipe_differs(yardstick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(yardstick, "EVAL_BATCHES", 2)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(1500)))
     flags = ["--data", str(text), "--steps", "12", "--out", str(tmp_path / "y.png")]
