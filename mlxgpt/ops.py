@@ -136,8 +136,7 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
         (dx,) = mx.depends(gradients[:1], gradients[1:])
         return named(gradients[1:]), dx
 
-    out: mx.array = call(module.trainable_parameters(), x)
-    return out
+    return call(module.trainable_parameters(), x)  # type: ignore[return-value]
 
 
 class _Masks(threading.local):
