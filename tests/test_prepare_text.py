@@ -96,6 +96,16 @@ def test_a_texts_pieces_have_the_tokens_of_the_whole(tmp_path_factory, character
     assert [i for part in parts for i in GPT2.encode(part)] == GPT2.encode(text).tolist()
 
 
+@pytest.mark.parametrize(
+    ("text", "cut"), [("日本\n語彙", 6), ("ab cd", 2), ("日本\u3000\n\u3000語彙", 19), ("a\n\xa0b", 5)]
+)
+def test_a_text_is_cut_between_what_is_visible_in_unicode(text, cut, tmp_path):
+    """GPT-2's merges wouldn't tell; those of another vocabulary may."""
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    with open(tmp_path / "text.txt", "rb") as file:
+        assert text_pieces._text_cut(file, 1, len(text.encode())) == cut
+
+
 def test_a_large_text_is_cut_and_one_without_line_breaks_too(tmp_path, small_pieces):
     for separator in ("\n", " ", "。\n"):
         text = separator.join(["word" if separator != "。\n" else "日本語"] * 2000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -169,6 +170,24 @@ def test_another_tokenizer_is_refused(prepared):
     characters = [*p.tokenizer.characters[:-1], "z"]
     with pytest.raises(ValueError, match=r"its token \d+ is b'x', expected that of runs/x: .* \(b'z'\)"):
         p.check_tokenizer(CharTokenizer(characters), "runs/x")
+
+
+def test_a_writer_goes_on_behind_what_was_committed(tmp_path):
+    tokens = np.arange(25, dtype=np.uint16)
+    writer = shards.ShardWriter(tmp_path, "train", tokens.dtype, 10, shards.ShardWriter.nothing())
+    writer.write(tokens[:13])
+    state = writer.commit()
+    writer.write(tokens)  # lost
+    writer.close()
+    writer = shards.ShardWriter(tmp_path, "train", tokens.dtype, 10, state)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert sizes == {"train-00000.bin": 20, "train-00001.bin": 6}
+    writer.write(tokens[13:])
+    written = writer.finish()
+    content = [(tmp_path / shard["file"]).read_bytes() for shard in written]
+    assert b"".join(content) == tokens.tobytes()
+    assert [shard["tokens"] for shard in written] == [10, 10, 5]
+    assert [shard["sha256"] for shard in written] == [hashlib.sha256(c).hexdigest() for c in content]
 
 
 def test_drawing_from_100_gb_costs_nothing(tmp_path):
