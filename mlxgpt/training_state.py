@@ -1,10 +1,10 @@
 """Training state, and the checkpoints of a run: what training goes on from after whatever ended it.
 
 Training state lies beside a model in two files. `optimizer.safetensors` holds AdamW's averages of the gradients and of
-their squares, m.NAME and v.NAME for each parameter, float32, by our names and in our layout. `training.json` holds
-"format": 2; "step", the optimizer's steps so far; "learning_rate" (of the last step), "beta1", "beta2", "eps" and
-"weight_decay"; "best_val_loss", or null; "settings", values of TrainConfig; and "progress", an object that is the
-run's own. Format 1 had no progress.
+their squares, m.NAME and v.NAME for each parameter that is trained, float32, by our names and in our layout.
+`training.json` holds "format": 2; "step", the steps so far, and "skipped", those of them that changed nothing;
+"learning_rate" (of the last step), "beta1", "beta2", "eps" and "weight_decay"; "best_val_loss", or null; "settings",
+values of TrainConfig; and "progress", an object that is the run's own. Format 1 had no "skipped" and no "progress".
 
 A run's checkpoints are model directories with training state, checkpoints/step-0000500 and so on, and two relative
 links name one each: `last`, the newest, and `best`, of the lowest validation loss. SHA256SUMS in each, which
@@ -61,17 +61,19 @@ class TrainingState:
 def training_json(
     *, step: int, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     best_val_loss: float | None, settings: Mapping[str, Any], progress: Mapping[str, Any] | None = None,
+    skipped: int = 0,
 ) -> bytes:  # fmt: skip
     """The content of training.json. ValueError for a number that is not finite."""
     values = dict(
-        format=TRAINING_FORMAT, step=step, learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps,
-        weight_decay=weight_decay, best_val_loss=best_val_loss, settings=dict(settings), progress=dict(progress or {}),
+        format=TRAINING_FORMAT, step=step, skipped=skipped, learning_rate=learning_rate, beta1=beta1, beta2=beta2,
+        eps=eps, weight_decay=weight_decay, best_val_loss=best_val_loss, settings=dict(settings),
+        progress=dict(progress or {}),
     )  # fmt: skip
     return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def load_training_record(directory: Path) -> dict[str, Any]:
-    """What training.json says, "progress" in any case.
+    """What training.json says, "skipped" and "progress" in any case.
 
     FileNotFoundError; ValueError that names what is wrong with it, or a format that is newer than this version.
     """
@@ -83,11 +85,11 @@ def load_training_record(directory: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a training state")
     checkpoint.require_format(path, "format", record.get("format"), TRAINING_FORMAT)
-    record.setdefault("progress", {})
+    record = {"skipped": 0, "progress": {}, **record}
     if not all(isinstance(record.get(name), dict) for name in ("settings", "progress")):
         raise ValueError(f"{path}: not a training state")
-    for name in ("step", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss"):
-        value, kind = record.get(name), int if name == "step" else (int, float)
+    for name in ("step", "skipped", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "best_val_loss"):
+        value, kind = record.get(name), int if name in ("step", "skipped") else (int, float)
         if value is None and name == "best_val_loss":
             continue
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf:
@@ -109,7 +111,7 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     tensors = checkpoint.read_tensors(path)
     checkpoint.check_tensors(tensors, expected, path)
     averages = checkpoint.load_arrays(tensors, path)
-    optimizer.restore(model, record["step"] - record["progress"].get("skipped", 0), averages)
+    optimizer.restore(model, record["step"] - record["skipped"], averages)
     optimizer.eps = record["eps"]
     return record
 
@@ -146,9 +148,10 @@ class Checkpoints:
         lent = _Lent(files, self._copies)
         optimizer.before_update = lent.take_back
         record = training_json(
-            step=state.step, learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0],
-            beta2=optimizer.betas[1], eps=optimizer.eps, weight_decay=optimizer.weight_decay,
-            best_val_loss=state.best_val_loss, settings=state.settings, progress=state.progress,
+            step=state.step, skipped=state.step - int(optimizer.step.item()),
+            learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0], beta2=optimizer.betas[1],
+            eps=optimizer.eps, weight_decay=optimizer.weight_decay, best_val_loss=state.best_val_loss,
+            settings=state.settings, progress=state.progress,
         )  # fmt: skip
         small = {**checkpoint.small_files(model, tokenizer), TRAINING: record}
         self._thread = threading.Thread(target=self._run, args=(state.step, small, lent, best), name="checkpoint")
