@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import contextlib
 import json
 import os
 import random
@@ -240,7 +241,7 @@ from mlx.utils import tree_map
 def save(run, first):
     ops.use_device("cpu")
     checkpoints = training_state.Checkpoints(run, 2)
-    print("begun", flush=True)
+    os.write(1, b"begun\\n")  # in one piece: two processes write here
     model, optimizer = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)), AdamW(TrainConfig())
     for step in range(first, first + 100000):
         model.update(tree_map(lambda p: mx.full(p.shape, step), model.parameters()))
@@ -251,9 +252,9 @@ def save(run, first):
 for line in sys.stdin:  # a process for each, without importing everything again
     if (child := os.fork()) == 0:
         save(Path(sys.argv[1]), int(line))
-    print(child, flush=True)
+    os.write(1, b"%d\\n" % child)
     os.waitpid(child, 0)
-    print("ended", flush=True)
+    os.write(1, b"ended\\n")
 """
 
 
@@ -270,9 +271,17 @@ def require_one_state(directory: Path) -> int:
 
 def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
     delays, latest, leftovers = random.Random(5), 0, 0
-    with subprocess.Popen(
-        [sys.executable, "-c", SAVER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as zygote:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", SAVER, tmp_path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as zygote,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(os.killpg, zygote.pid, signal.SIGKILL)  # so that a failure is seen, and not waited for
         for kill in range(40):
             print(latest + 1, file=zygote.stdin, flush=True)
             lines = {zygote.stdout.readline().strip() for _ in range(2)}  # in any order
