@@ -121,8 +121,8 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
 
     @call.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        flat = tree_flatten(primals[0])
-        names, weights = [name for name, _ in flat], [weight for _, weight in flat]
+        flat: list[tuple[str, mx.array]] = tree_flatten(primals[0])  # type: ignore[assignment]
+        names = [name for name, _ in flat]
         # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
         # weights' gradients for later: then all activations are held after all.
         x, *again = mx.depends([primals[1], *keys], [cotangent])
@@ -130,11 +130,11 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
         def call_again(x: mx.array, *weights: mx.array) -> mx.array:
             return run(tree_unflatten(list(zip(names, weights, strict=True))), x, again)
 
-        _, gradients = mx.vjp(call_again, [x, *weights], [cotangent])
-        dx, *gradients = mx.depends(gradients[:1], gradients[1:]) + gradients[1:]
-        return tree_unflatten(list(zip(names, gradients, strict=True))), dx
+        _, gradients = mx.vjp(call_again, [x, *(weight for _, weight in flat)], [cotangent])
+        (dx,) = mx.depends(gradients[:1], gradients[1:])
+        return tree_unflatten(list(zip(names, gradients[1:], strict=True))), dx
 
-    return call(module.trainable_parameters(), x)
+    return call(module.trainable_parameters(), x)  # type: ignore[return-value]
 
 
 class _Masks(threading.local):
