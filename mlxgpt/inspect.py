@@ -265,18 +265,23 @@ def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.
     parameters = 4 * model.n_params()
     weights = 3 * parameters + (0 if dtype == mx.float32 else model.n_params() * dtype.size)
     dropped = 2.25 * dropout  # scores after the mask, and the mask as numbers and as truth values
-    # What every layer keeps (24 streams of it between the GELU's input and result), and what one takes on the way back.
+    # What all layers keep, 24 streams of each for the GELU's gradient, and what one takes on the way back.
     if grad_checkpoint:
         streams, squares, of_layer = L, 0.0, (84 + dropout, 2.7 + dropped, 1.9)
     else:
         streams, squares, of_layer = 36 * L, (1 + dropped) * L, (38 + 2 * dropout, 2.0, 1.0)
-    kept = weights + streams * stream + squares * square
-    layer, loss = of_layer[0] * stream + of_layer[1] * square + of_layer[2] * logits, stream + 4 * logits
+    kept = streams * stream + squares * square
+    layer = of_layer[0] * stream + of_layer[1] * square + of_layer[2] * logits
+    loss = stream + 4 * logits
+    total = kept + max(layer, loss)
+    if grad_checkpoint:  # when the first layer is called again, the gradients of the others are there
+        gradients = 4 * sum(w.size for n, w in model.named_weights().items() if n.startswith("h.") and n[:4] != "h.0.")
+        total = max(total, gradients + stream + layer)
     return TrainingMemory(
         activations=round((streams + of_layer[0]) * stream),
         logits=4 * logits,
         scores=round((squares + of_layer[1]) * square),
-        total=round(max(kept + max(layer, loss), 6.75 * parameters)),
+        total=round(max(weights + total, 6.75 * parameters)),
     )
 
 
