@@ -151,8 +151,8 @@ class TrainConfig:
     compile: bool = True
     """compile the training step with mx.compile (GPU only)"""
     grad_checkpoint: bool = False
-    """keep only the input of each block for the backward pass, and compute the rest again there: less memory, a
-    quarter more time"""
+    """keep only the input of each block for the backward pass, and compute the rest again there: less memory,
+    about a third more time"""
     seed: int = 1337
     """of the initial weights, the batches, dropout and the samples"""
 

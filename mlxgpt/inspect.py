@@ -6,7 +6,6 @@ Nothing here knows the model's structure: the model is built and run on one batc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,6 +38,8 @@ class InspectConfig:
     """sequences at once, B in the shapes"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """what the activations and the weights in use are held in"""
+    grad_checkpoint: bool = False
+    """show memory in training with this setting"""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
@@ -224,31 +225,101 @@ def flops_table(calls: list[Call], tokens: int) -> Table:
     return table
 
 
-def memory_table(model: GPT, calls: list[Call], cache: KVCache, dtype: str) -> Table:
-    """Bytes held in training and in generation."""
-    weights = sum(p.nbytes for p in model.named_weights().values())
-    saved = {id(a): a for call in calls for a in call.inputs if a.dtype != mx.int32 and call.op != "cross_entropy"}
-    scores = [call.score_shape() for call in calls if call.op == "attention"]
-    logits = next(call for call in calls if call.op == "cross_entropy").inputs[0]
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a step of training holds at the most, beside weights, gradients and AdamW's averages."""
+
+    activations: int  # what the backward pass reads again, and what it works in
+    logits: int
+    scores: int  # T x T per head
+    total: int  # with everything that is there at the same time
+
+
+def memory_on_kernels(model: GPT, batch_size: int, grad_checkpoint: bool) -> TrainingMemory:
+    """On the CPU's kernels, in float32: the arrays that kernels.py makes.
+
+    They are kept by size from step to step, so that the most that there ever are of each size counts.
+    """
+    config = model.config
+    B, T, L, V, dropout = batch_size, config.block_size, config.n_layer, config.vocab_size, config.dropout > 0
+    if grad_checkpoint:
+        wide, qkv, narrow = 3, 2, L + 8 + 4 * dropout  # arrays (B, T, 4C), (B, T, 3C) and (B, T, C)
+    else:
+        wide, qkv, narrow = L + 2, L + 1, 3 * L + 5 + (2 * L + 1) * dropout
+    activations = (4 * wide + 3 * qkv + narrow) * 4 * B * T * config.n_embd
+    logits = 4 * V * min(B * T, max(64, (26 << 20) // V))  # of some rows at a time, as cross_entropy.cpp cuts them
+    return TrainingMemory(activations, logits, 0, 4 * 4 * model.n_params() + activations + logits)
+
+
+def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype) -> TrainingMemory:
+    """By MLX's operations, uncompiled: how many arrays of each size there are was found by measuring MLX 0.32's peak.
+
+    MLX frees what nothing needs any more, so that the peak is that of the last layer's backward pass, of the
+    loss's, or of the optimizer's step.
+    """
+    config = model.config
+    B, T, L, dropout = batch_size, config.block_size, config.n_layer, config.dropout > 0
+    stream = B * T * config.n_embd * dtype.size  # (B, T, C)
+    square = B * config.n_head * T * T * dtype.size  # (B, n_head, T, T)
+    logits = 4 * B * T * config.vocab_size
+    parameters = 4 * model.n_params()
+    weights = 3 * parameters + (0 if dtype == mx.float32 else model.n_params() * dtype.size)
+    dropped = 2.25 * dropout  # scores after the mask, and the mask as numbers and as truth values
+    # What all layers keep, 24 streams of each for the GELU's gradient, and what one takes on the way back.
+    if grad_checkpoint:
+        streams, squares, of_layer = L, 0.0, (84 + dropout, 2.7 + dropped, 1.9)
+    else:
+        streams, squares, of_layer = 36 * L, (1 + dropped) * L, (38 + 2 * dropout, 2.0, 1.0)
+    kept = streams * stream + squares * square
+    layer = of_layer[0] * stream + of_layer[1] * square + of_layer[2] * logits
+    loss = stream + 4 * logits
+    total = kept + max(layer, loss)
+    if grad_checkpoint:  # when the first layer is called again, the gradients of the others are there
+        gradients = 4 * sum(w.size for n, w in model.named_weights().items() if n.startswith("h.") and n[:4] != "h.0.")
+        total = max(total, gradients + stream + layer)
+    return TrainingMemory(
+        activations=round((streams + of_layer[0]) * stream),
+        logits=4 * logits,
+        scores=round((squares + of_layer[1]) * square),
+        total=round(max(weights + total, 6.75 * parameters)),
+    )
+
+
+def memory_table(model: GPT, cache: KVCache, batch_size: int, dtype: str, grad_checkpoint: bool) -> Table:
+    """Bytes held in training, on both of its paths, and in generation."""
+    used = getattr(mx, dtype)
+    on_mlx = {again: memory_on_mlx(model, batch_size, again, used) for again in (False, True)}
+    on_kernels = {again: memory_on_kernels(model, batch_size, again) for again in (False, True)}
+    mlx, ours, has_kernels = on_mlx[grad_checkpoint], on_kernels[grad_checkpoint], dtype == "float32"
+    table = _table(f"Memory in {dtype}", "what", "CPU's kernels", "MLX (GPU)", "")
+
+    def row(what: str, kernels: int, mlx: int, note: str = "", style: str = "") -> None:
+        table.add_row(what, _bytes(kernels) if has_kernels else "", _bytes(mlx), note, style=style)
+
     master = 4 * model.n_params()
-    table = _table(f"Memory in {dtype}", "what", "memory", "")
+    weights = sum(p.nbytes for p in model.named_weights().values())
     if dtype != "float32":
-        table.add_row("master weights", _bytes(master), "float32")
-    table.add_row("weights", _bytes(weights), "all that generation needs, with the cache")
-    table.add_row("gradients", _bytes(master), "float32")
-    table.add_row("AdamW's two averages", _bytes(2 * master), "float32")
-    table.add_row("activations", _bytes(sum(a.nbytes for a in saved.values())), "what the backward pass reads again")
-    table.add_row("logits", _bytes(2 * 4 * logits.size), "float32, and their gradient")
-    size = sum(math.prod(shape) for shape in scores) * calls[0].output.dtype.size
-    table.add_row("attention scores", _bytes(size), "T x T per head; training on the GPU only")
-    table.add_row("key/value cache", _bytes(cache.nbytes), "generation, all positions")
+        row("master weights", master, master, "float32")
+    row("weights", weights, weights, "all that generation needs, with the cache")
+    row("gradients", master, master, "float32")
+    row("AdamW's two averages", 2 * master, 2 * master, "float32")
+    row("activations", ours.activations, mlx.activations, "what the backward pass reads again, and works in")
+    row("logits", ours.logits, mlx.logits, "float32; on MLX all of them, and their gradient")
+    row("attention scores", ours.scores, mlx.scores, "T x T per head")
+    note = "the most at one time: on MLX less than the sum" if dtype == "float32" else "the most at one time"
+    row("training in total", ours.total, mlx.total, note, "bold")
+    other = not grad_checkpoint
+    name = "with grad_checkpoint" if other else "without grad_checkpoint"
+    row(name, on_kernels[other].total, on_mlx[other].total, "the total", "bold")
+    table.add_section()
+    row("key/value cache", cache.nbytes, cache.nbytes, "generation, all positions")
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        numeric = column in ("count", "share", "per token", "memory")
+        numeric = column in ("count", "share", "per token", "CPU's kernels", "MLX (GPU)")
         table.add_column(column, justify="right" if numeric else "left", no_wrap=column != "")
     return table
 
@@ -296,7 +367,7 @@ def main(args: Sequence[str]) -> None:
     console.print(shape_table(calls, ids))
     console.print(parameter_table(model))
     console.print(flops_table(calls, ids.size))
-    console.print(memory_table(model, calls, cache, config.dtype))
+    console.print(memory_table(model, cache, config.batch_size, config.dtype, config.grad_checkpoint))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import golden
 import mlx.core as mx
 import mlx.nn as nn
@@ -157,6 +159,30 @@ def spoil(monkeypatch: pytest.MonkeyPatch, trainer: training.Trainer, path: str,
         return loss, gradients
 
     monkeypatch.setattr(trainer, "_gradient", spoilt_too)
+
+
+@pytest.mark.parametrize("path", ["kernels", "eager", "compiled"])
+def test_blocks_that_are_computed_again_give_the_same_gradients(monkeypatch, path):
+    """With dropout, whose masks are the same both times; compiled, against what is not."""
+    config = dataclasses.replace(SMALL, n_layer=2 if path != "compiled" else 1, dropout=0.3)
+    start = GPT(config).parameters()
+    runs = []
+    for again in (False, True):
+        take(path if again or path != "compiled" else "eager", monkeypatch)
+        mx.random.seed(3)
+        model = GPT(config)
+        model.update(tree_map(lambda p: mx.array(np.array(p)), start))
+        trainer = training.Trainer(model, TrainConfig(grad_checkpoint=again, warmup_iters=0, model=config))
+        assert model.grad_checkpoint == again
+        losses = [trainer.step(batches(n, 2, config)).item() for n in range(3)]
+        runs.append((losses, trainer.norm.item(), arrays_of(trainer), trainer.evaluate(batches(9, 1, config))))
+    (losses, norm, arrays, evaluated), again = runs
+    exact = 0 if path == "kernels" else 1e-5
+    assert again[:2] == (pytest.approx(losses, rel=exact), pytest.approx(norm, rel=exact))
+    assert again[3] == pytest.approx(evaluated, rel=exact)
+    for name, a in again[2].items():
+        assert np.abs(a - arrays[name]).max() <= exact, name
+    assert len(set(losses)) == 3
 
 
 @pytest.mark.parametrize("loss", [1.0, np.nan])

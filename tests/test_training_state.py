@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import contextlib
 import json
 import os
 import random
@@ -304,7 +304,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
             assert (tmp_path / "last").resolve() == directory.resolve()
         zygote.stdin.close()
     assert leftovers > 5
-    assert latest > 40
+    assert latest > 10
     Checkpoints(tmp_path, 2)
     assert not [path for path in tmp_path.rglob(".*")]
 
