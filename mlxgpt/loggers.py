@@ -116,4 +116,4 @@ class WandB:
 
 def _reason(error: Exception) -> str:
     """The first line of what W&B says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
