@@ -121,12 +121,7 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
 
     @call.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-<<<<<<< HEAD
         flat: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
-=======
-        flat: list[tuple[str, mx.array]] = tree_flatten(primals[0])  # type: ignore[assignment]
-        names = [name for name, _ in flat]
->>>>>>> e
         # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
         # weights' gradients for later: then all activations are held after all.
         x, *again = mx.depends([primals[1], *keys], [cotangent])
@@ -134,7 +129,6 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
         def call_again(x: mx.array, *weights: mx.array) -> mx.array:
             return run(named(weights), x, again)
 
-<<<<<<< HEAD
         def named(arrays: Sequence[mx.array]) -> Any:
             return tree_unflatten(list(zip(flat, arrays, strict=True)))
 
@@ -142,12 +136,6 @@ def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
         (dx,) = mx.depends(gradients[:1], gradients[1:])
         return named(gradients[1:]), dx
 
-=======
-        _, gradients = mx.vjp(call_again, [x, *(weight for _, weight in flat)], [cotangent])
-        (dx,) = mx.depends(gradients[:1], gradients[1:])
-        return tree_unflatten(list(zip(names, gradients[1:], strict=True))), dx
-
->>>>>>> e
     return call(module.trainable_parameters(), x)  # type: ignore[return-value]
 
 
