@@ -268,7 +268,7 @@ def summary(history: History, step: int, max_iters: int, out_dir: Path) -> str:
         lines.append(f"events: {', '.join(events)}")
     lines += [
         f"loss curve: {out_dir / 'loss.png'}",
-        f"sample more: python -m mlxgpt.generate --model {out_dir / 'best'}",
+        f"sample more: python -m mlxgpt.generate --model {out_dir}",
         f"train on: python -m mlxgpt.train --resume {out_dir}{f' --max_iters {2 * step}' if step == max_iters else ''}",
     ]
     return "\n".join(lines)

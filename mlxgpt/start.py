@@ -111,8 +111,8 @@ class Start:
             return None
         if config.out_dir and Path(config.out_dir).expanduser().resolve() != run.resolve():
             return None
-        newest = training_state.find(run)[0]
-        if newest.resolve() != self.path.resolve() and not config.overwrite:
+        newest = (run / "last").resolve()
+        if newest != self.path.resolve() and not self.damaged and not config.overwrite:
             raise ValueError(
                 f"resume: {run} has gone on from {self.path.name} to {newest.name}; give another --out_dir, "
                 "or --overwrite to drop what came after"

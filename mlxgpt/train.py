@@ -87,14 +87,16 @@ class Run:
         self.losses: list[float] = before.get("losses", [])  # since the last line of the log
         self.tokens, self.seconds = before.get("tokens", 0), before.get("seconds", 0.0)
         self.spikes = report.Spikes(config.spike_threshold, before.get("spikes"))
-        self.skipped_in_row = 0
+        self.skipped_in_row = before.get("skipped_in_row", 0)
         self._pending: list[tuple[int, Any, Any]] = []  # steps, their losses and norms, that nobody has looked at yet
         home = begin.home(config) if begin else None
         self.is_new = home is None
         self.out_dir = home or _make_out_dir(config, group)
         self.best, self.best_step = math.inf, 0
         if begin and begin.record and (self.out_dir / "best").is_dir():
-            self.best, self.best_step = begin.record["best_val_loss"] or math.inf, before.get("best_step", 0)
+            self.best_step = before.get("best_step", 0)
+            if begin.record["best_val_loss"] is not None:
+                self.best = begin.record["best_val_loss"]
         self._introduce(begin, where)
 
     def _windows_of(self, shards: Sequence[Any], seed: int, name: str) -> data.Batches:
@@ -156,9 +158,10 @@ class Run:
                 if saves:
                     with progress.paused():
                         best = evaluates and self._evaluate()
-                        # Not weights of which the last loss was not finite, unless there is no later time for it.
-                        if not self.skipped_in_row or done or stop:
+                        if not self.skipped_in_row or done:  # else the weights may be why the last loss is not finite
                             self._save(best, progress)
+                elif self.checkpoints:
+                    self.checkpoints.check()
                 if stop:
                     break
         self._end()
@@ -202,7 +205,7 @@ class Run:
         if not math.isfinite(loss):
             self._diverged(f"the validation loss is {loss} at step {step}")
         self.metrics.add(step=step, val_loss=loss)
-        best = step > self.first_step and loss < self.best
+        best = step > self.first_step and loss < self.best and not self.skipped_in_row
         self._say(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
         if best:
             self.best, self.best_step = loss, step
@@ -221,9 +224,10 @@ class Run:
             progress={
                 "data": self.data.fingerprint, "windows": self._windows_before + done * self._windows_per_step,
                 "best_step": self.best_step, "losses": self.losses, "spikes": self.spikes.state,
-                **progress.totals(self.trainer.steps),
+                "skipped_in_row": self.skipped_in_row, **progress.totals(self.trainer.steps),
             },
         )  # fmt: skip
+        checkpoint.sync(self.out_dir / "metrics.jsonl")  # so that a checkpoint never knows more than the metrics
         self.checkpoints.save(self.model, self.tokenizer, state, best)
         plot.draw_losses({self.out_dir.name: self.metrics}, self.out_dir / "loss.png", title=self.out_dir.name)
 
@@ -249,11 +253,10 @@ class Run:
         curves = {"training": self.metrics.curve("loss"), "validation": self.metrics.curve("val_loss")}
         if self.group.rank == 0:
             print(plot.terminal_losses(curves, self.console))
-        head, rest = report.summary(self.metrics, self.trainer.steps, self.config.max_iters, self.out_dir).split(
-            "\n", 1
-        )
+        steps = self.trainer.steps, self.config.max_iters
+        head, *rest = report.summary(self.metrics, *steps, self.out_dir).splitlines()
         self._say(head, "bold")
-        self._say(rest)
+        self._say("\n".join(rest))
 
 
 class _Interrupt:
