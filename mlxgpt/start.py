@@ -79,7 +79,7 @@ class Start:
 
     def introduction(self, config: TrainConfig) -> list[str]:
         """Lines for a person: where the weights come from, and what is another setting now."""
-        lines = [f"passed over: {line}" for line in self.damaged]
+        lines = list(self.damaged)
         if self.record is None:
             return [*lines, f"weights: from {self.path}"]
         before = {**self.record["settings"], "dropout": self.shape.dropout}

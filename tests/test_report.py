@@ -247,7 +247,7 @@ def test_the_summary(tmp_path):
         "memory: 3.0 GB at most",
         "events: skipped steps 1, spikes of the loss 2",
         f"loss curve: {run / 'loss.png'}",
-        f"sample more: python -m mlxgpt.generate --model {run / 'best'}",
+        f"sample more: python -m mlxgpt.generate --model {run}",
         f"train on: python -m mlxgpt.train --resume {run} --max_iters 20",
     ]
     stopped = report.summary(History([]), 4, 10, run).splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,16 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxgpt import checkpoint, cli, kernels, train, training
+from mlxgpt import (
+    checkpoint,
+    cli,
+    kernels,
+    prepare_text,
+    safetensors_file,
+    train,
+    training,
+    training_state,
+)
 
 TINY_FLAGS = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_iters 6 --eval_interval 3 "
@@ -305,3 +315,197 @@ def test_a_padded_vocabulary_is_kept(corpus, tmp_path):
     result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--vocab_size", "64", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert checkpoint.load_model(tmp_path / "run" / "last").config.vocab_size == 64
+
+
+def events(run: Path) -> list[tuple[int, str]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["event"]) for line in lines if "event" in line]
+
+
+def steps_saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def fail_at(monkeypatch, *steps: int) -> None:
+    """Makes some steps those of a loss that is no number."""
+    step = training.Trainer.step
+
+    def failing(self, batches):
+        if self.steps + 1 not in steps:
+            return step(self, batches)
+        self.steps += 1
+        self.norm = mx.array(float("nan"))
+        return mx.array(float("nan"))
+
+    monkeypatch.setattr(training.Trainer, "step", failing)
+
+
+def test_steps_that_are_not_finite_are_counted_and_a_run_of_them_ends_the_run(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "text.txt", *TINY_FLAGS, "--max_iters", "12", "--save_interval", "1", "--max_skipped", "3"]
+    fail_at(monkeypatch, 2, 4, 5, 8, 9, 10)
+    with pytest.raises(
+        ValueError, match=r"3 steps in a row, to step 10, had no finite loss.* checkpoint is step-0000007"
+    ):
+        main("--out_dir", "run", *flags)
+    assert events(tmp_path / "run") == [(n, "skipped") for n in (2, 4, 5, 8, 9, 10)]
+    assert "step 2 is skipped: loss nan" in capsys.readouterr().out
+    assert steps_saved(tmp_path / "run")[-2:] == ["step-0000006", "step-0000007"]
+    record = json.loads((tmp_path / "run" / "last" / "training.json").read_text())
+    assert (record["step"], record["skipped"]) == (7, 3)
+
+
+def test_a_run_with_skipped_steps_is_resumed_exactly(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "text.txt", *TINY_FLAGS, "--lr_decay_iters", "9", "--learning_rate", "0.01"]
+    fail_at(monkeypatch, 2, 4)
+    main("--out_dir", "whole", *flags, "--max_iters", "9")
+    main("--out_dir", "half", *flags)
+    main("--resume", "half", "--max_iters", "9")
+    assert curve(tmp_path / "half") == curve(tmp_path / "whole")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "half/last" / name).read_bytes() == (tmp_path / "whole/last" / name).read_bytes()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write, files_written = safetensors_file.write, []
+
+    def full(path, *args):
+        files_written.append(path)
+        if len(files_written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *args)
+
+    monkeypatch.setattr(safetensors_file, "write", full)
+    flags = ["--device", "cpu", "--data", "text.txt", "--out_dir", "run", *TINY_FLAGS, "--max_iters", "12"]
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.run("mlxgpt.train", train.main)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-0000006: the checkpoint can't be written: No space left on device; run/checkpoints/step-0000003 is kept" in line
+    assert training_state.find(tmp_path / "run")[0].name == "step-0000003"
+    monkeypatch.setattr(safetensors_file, "write", write)
+    main("--resume", "run")
+    assert training_state.find(tmp_path / "run")[0].name == "step-0000012"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, tmp_path, capsys, damage):
+    whole = files(half / "last")
+    path = half / "checkpoints/step-0000006/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[:-1] if damage == "cut" else content)
+    main("--resume", "half")
+    assert "half/checkpoints/step-0000006 is passed over: model.safetensors is damaged" in capsys.readouterr().out
+    ours = files(half / "last")
+    assert ours["model.safetensors"] == whole["model.safetensors"]
+    assert list(curve(half)) == [0, 3, 6]
+
+
+def test_changed_settings_are_said(half, capsys):
+    main("--resume", "half", "--max_iters", "9", "--learning_rate", "0.02", "--dropout", "0.1", "--batch_size", "2")
+    out = capsys.readouterr().out
+    for line in (
+        "max_iters from 6 to 9",
+        "learning_rate from 0.01 to 0.02",
+        "dropout from 0.0 to 0.1",
+        "batch_size from",
+    ):
+        assert f"changed: {line}" in out
+    record = json.loads((half / "last" / "training.json").read_text())
+    assert record["progress"]["windows"] == 6 * 4 + 3 * 2  # the position in the data goes on
+    assert record["progress"]["tokens"] == record["progress"]["windows"] * 16
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "text.txt", *TINY_FLAGS, "--learning_rate", "0.01"]
+    main("--out_dir", "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Trainer, "evaluate", lambda self, batches: (_ for _ in ()).throw(KeyboardInterrupt))
+        main("--out_dir", "run", *flags)
+    main("--resume", "run")
+    assert "run has no checkpoint yet: the run begins anew" in capsys.readouterr().out
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+FINE_TUNING = {
+    "freeze": ["--freeze", "wte,wpe,h.0.mlp"],
+    "lora": ["--lora_rank", "2", "--lora_targets", "attn.c_attn,mlp.c_proj"],
+    "blocks": ["--grad_checkpoint", "--dropout", "0.2"],
+}
+
+
+@pytest.mark.parametrize("how", FINE_TUNING)
+def test_fine_tuning_is_resumed_exactly(half, corpus, tmp_path, how):
+    flags = [
+        "--init_from",
+        "half",
+        "--data",
+        "text.txt",
+        "--batch_size",
+        "4",
+        "--eval_iters",
+        "2",
+        "--sample_tokens",
+        "8",
+    ]
+    flags += ["--eval_interval", "3", "--lr_decay_iters", "6", "--learning_rate", "0.01", *FINE_TUNING[how]]
+    main("--out_dir", "whole", *flags, "--max_iters", "6")
+    main("--out_dir", "tuned", *flags, "--max_iters", "3")
+    main("--resume", "tuned", "--max_iters", "6")
+    assert curve(tmp_path / "tuned") == curve(tmp_path / "whole")
+    ours, theirs = files(tmp_path / "tuned/last"), files(tmp_path / "whole/last")
+    weights = "adapter_model.safetensors" if how == "lora" else "model.safetensors"
+    assert ours[weights] == theirs[weights]
+    assert ("model.safetensors" in ours) == (how != "lora")
+    start, tuned = checkpoint.load_model(half / "best"), checkpoint.load_model(tmp_path / "tuned/last")
+    moved = {n: bool(mx.any(w != tuned.named_weights()[n]).item()) for n, w in start.named_weights().items()}
+    if how == "freeze":
+        assert {n for n, has_moved in moved.items() if not has_moved} == {
+            n for n in moved if n.startswith(("wte", "wpe", "h.0.mlp"))
+        }
+    if how == "lora":
+        assert {n for n, has_moved in moved.items() if has_moved} == {"h.0.attn.c_attn.weight", "h.0.mlp.c_proj.weight"}
+
+
+@pytest.fixture
+def prepared(corpus, tmp_path, monkeypatch) -> Path:
+    """The corpus as shards."""
+    monkeypatch.chdir(tmp_path)
+    args = ["text.txt", "--out", "prepared", "--tokenizer", "char", "--workers", "1", "--val_fraction", "0.1"]
+    prepare_text.main(args)
+    return tmp_path / "prepared"
+
+
+def test_a_run_on_shards(prepared, tmp_path):
+    main("--data", "prepared", "--out_dir", "run", *TINY_FLAGS, "--lr_decay_iters", "9")
+    main("--data", "prepared", "--out_dir", "whole", *TINY_FLAGS, "--max_iters", "9", "--lr_decay_iters", "9")
+    shutil.move("prepared", "moved")  # the same data elsewhere
+    main("--resume", "run", "--max_iters", "9", "--data", "moved")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert checkpoint.load_config(tmp_path / "run" / "last").vocab_size == 28
+
+
+def test_shards_that_do_not_fit_are_one_line(prepared, tmp_path, capsys):
+    def error(*flags: str) -> str:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            main("--data", "prepared", "--out_dir", "run", *TINY_FLAGS, *flags)
+        assert not (tmp_path / "run").exists()
+        return cli.describe(caught.value)
+
+    (tmp_path / "other.txt").write_text("other characters\n" * 40)
+    main("--data", "other.txt", "--out_dir", "other", *TINY_FLAGS)
+    assert "prepared was prepared with another tokenizer than that of other/checkpoints" in error(
+        "--init_from", "other"
+    )
+    assert "tokenizer is gpt2, but prepared was prepared with char" in error("--tokenizer", "gpt2")
+    assert "vocab_size is 5, expected at least the tokenizer's 28" in error("--vocab_size", "5")
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    shard = next(prepared.glob("train-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert shard.name in error()
+    assert manifest["train"]
