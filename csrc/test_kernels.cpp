@@ -1,6 +1,7 @@
 // Runs the kernels of every instruction set that this processor has, without Python: against double
 // precision, and the thread pool from several threads. For cross-compiled builds and sanitizers;
-// scripts/check_targets.sh builds and runs it. Exit status 1 and a line for each fault.
+// scripts/check_targets.sh builds and runs it. With the argument `threads` only what takes several threads,
+// with `quick` functions at fewer points. Exit status 1 and a line for each fault.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -40,16 +41,17 @@ double ulps(float result, double exact) {
     return std::fabs(result - exact) / std::ldexp(1.0, exponent - 23);
 }
 
+uint32_t step = 1021;  // of all bit patterns functions take a prime's multiples
+
 void check_function(const Kernels& isa, const char* name, Kernels::Function* function,
                     double (*exact)(double), double bound,
                     float largest = std::numeric_limits<float>::infinity()) {
-    constexpr uint32_t kStep = 1021;  // of all bit patterns, a prime's multiples
     double worst = 0;
     float worst_at = 0;
     std::vector<float> x, y;
-    for (uint64_t bits = 0; bits <= 0xFFFFFFFF; bits += kStep) {
+    for (uint64_t bits = 0; bits <= 0xFFFFFFFF; bits += step) {
         x.push_back(from_bits(static_cast<uint32_t>(bits)));
-        if (x.size() < 4099 && bits + kStep <= 0xFFFFFFFF) continue;
+        if (x.size() < 4099 && bits + step <= 0xFFFFFFFF) continue;
         for (const uint32_t corner :
              {0U, 1U, 0x80000000U, 0x80000001U, 0x7F800000U, 0xFF800000U, 0x7FC00000U})
             x.push_back(from_bits(corner));
@@ -535,8 +537,11 @@ void check_copies() {
 
 }  // namespace
 
-int main() {
-    for (const Kernels* isa : usable_kernels()) {
+int main(int argc, char** argv) {
+    const std::string part = argc > 1 ? argv[1] : "";
+    const bool all = part != "threads";
+    if (part == "quick") step = 16381;
+    for (const Kernels* isa : all ? usable_kernels() : std::vector<const Kernels*>{}) {
         std::printf("%s\n", isa->name);
         check_mathematics(*isa);
         check_attention(*isa);
