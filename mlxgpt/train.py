@@ -209,12 +209,13 @@ class Run:
         self._say(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
         if best:
             self.best, self.best_step = loss, step
+        self._draw()
         if step > self.first_step and self.config.sample_tokens and self.group.rank == 0:
             self._say(_indented(self.sample()), "dim")
         return best
 
     def _save(self, best: bool, progress: report.Progress) -> None:
-        """A checkpoint, written while training goes on, and the curves. OSError if an earlier one couldn't be."""
+        """A checkpoint, written while training goes on. OSError if an earlier one couldn't be."""
         if self.checkpoints is None:
             return
         done = self.trainer.steps - self.first_step
@@ -229,7 +230,10 @@ class Run:
         )  # fmt: skip
         checkpoint.sync(self.out_dir / "metrics.jsonl")  # so that a checkpoint never knows more than the metrics
         self.checkpoints.save(self.model, self.tokenizer, state, best)
-        plot.draw_losses({self.out_dir.name: self.metrics}, self.out_dir / "loss.png", title=self.out_dir.name)
+
+    def _draw(self) -> None:
+        if self.group.rank == 0:
+            plot.draw_losses({self.out_dir.name: self.metrics}, self.out_dir / "loss.png", title=self.out_dir.name)
 
     def _diverged(self, what: str) -> None:
         """ValueError, when the checkpoint that is being written is on the disk."""
@@ -250,6 +254,7 @@ class Run:
         if self.checkpoints:
             self.checkpoints.wait()
         self.metrics.close()
+        self._draw()
         curves = {"training": self.metrics.curve("loss"), "validation": self.metrics.curve("val_loss")}
         if self.group.rank == 0:
             print(plot.terminal_losses(curves, self.console))

@@ -315,9 +315,9 @@ class _Lent:
         self.written()
 
     def take_back(self) -> None:
-        """From now on the thread reads copies."""
+        """From now on the thread reads copies; a second call finds them made."""
         with self._condition:
-            for key, array in self._unread.items():
+            for key, array in self._unread.items() if not self._is_copy else ():
                 if key not in self._copies:
                     self._copies[key] = np.empty(array.shape, array.dtype)
                 kernels.copy(array, self._copies[key])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import checkpoint, convert, convert_weights, kernels, lora, ops, sampling
+from mlxgpt import checkpoint, convert, convert_weights, kernels, lora, ops, sampling, training_state
 from mlxgpt.config import GPTConfig, TrainConfig
 from mlxgpt.decoding import Decoder
 from mlxgpt.model import GPT
@@ -182,12 +182,13 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_goes_on(path, base, 
     model = adapted(base, "mlp.c_fc,attn.c_attn")
     trainer, _ = train(model, 3)
     saved = {n: np.array(p) for n, p in model.named_weights().items()}
-    state = checkpoint.TrainingState(trainer.optimizer, 3, None, {})
-    for _ in range(2):  # the second over the first
-        checkpoint.save_model(tmp_path / "last", model, TOKENIZER, state)
+    checkpoints = training_state.Checkpoints(tmp_path, 1)
+    checkpoints.save(model, TOKENIZER, training_state.TrainingState(trainer.optimizer, 3, None, {}), best=False)
+    checkpoints.wait()
+    assert training_state.find_damage(tmp_path / "last") is None
     assert sorted(p.name for p in (tmp_path / "last").iterdir()) == [
-        "adapter_base.json", "adapter_config.json", "adapter_model.safetensors", "config.json", "optimizer.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "training.json",
+        "SHA256SUMS", "adapter_base.json", "adapter_config.json", "adapter_model.safetensors", "config.json",
+        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json",
     ]  # fmt: skip
     expected = [trainer.step([BATCH]).item() for _ in range(3)]
 
@@ -197,7 +198,7 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_goes_on(path, base, 
     for name, p in other.named_weights().items():
         np.testing.assert_array_equal(np.array(p), saved[name], err_msg=name)
     goes_on = Trainer(other, TrainConfig(learning_rate=1e-2, warmup_iters=0, model=SHAPE))
-    checkpoint.load_training_state(tmp_path / "last", other, goes_on.optimizer)
+    training_state.load_training_state(tmp_path / "last", other, goes_on.optimizer)
     goes_on.steps = 3
     assert [goes_on.step([BATCH]).item() for _ in range(3)] == expected
     assert other.lora == model.lora

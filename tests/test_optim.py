@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlxgpt import checkpoint, convert, kernels, ops
+from mlxgpt import checkpoint, convert, kernels, ops, training_state
 from mlxgpt.config import GPTConfig, TrainConfig
 from mlxgpt.model import GPT
-from mlxgpt.train import Trainer
+from mlxgpt.training import Trainer
 
 pytest.importorskip("mlxgpt._core")
 
@@ -233,16 +233,18 @@ def test_training_with_frozen_parameters_goes_on_from_its_files(tmp_path, on_ker
         t = trainer("wte,h.1,ln_f.bias")
         for _ in range(2):
             t.step(batches(1))
-        checkpoint.save_model(tmp_path / "m", t.model, None, checkpoint.TrainingState(t.optimizer, 2, None, {}))
+        checkpoints = training_state.Checkpoints(tmp_path, 1)
+        checkpoints.save(t.model, None, training_state.TrainingState(t.optimizer, 2, None, {}), best=False)
+        checkpoints.wait()
         expected = [t.step(batches(1)).item() for _ in range(3)]
         other = trainer("wte,h.1,ln_f.bias")
-        other.model.update(checkpoint.load_model(tmp_path / "m").parameters())
-        checkpoint.load_training_state(tmp_path / "m", other.model, other.optimizer)
+        other.model.update(checkpoint.load_model(tmp_path / "last").parameters())
+        training_state.load_training_state(tmp_path / "last", other.model, other.optimizer)
         other.steps = 2
         assert [other.step(batches(1)).item() for _ in range(3)] == expected
     with pytest.raises(ValueError, match=r"optimizer.safetensors: missing m.wte.weight; .*missing m.h.1"):
         everything = trainer()
-        checkpoint.load_training_state(tmp_path / "m", everything.model, everything.optimizer)
-    source = convert.read(tmp_path / "m")  # the converter takes them along, and nanoGPT's optimizer the same
+        training_state.load_training_state(tmp_path / "last", everything.model, everything.optimizer)
+    source = convert.read(tmp_path / "last")  # the converter takes them along, and nanoGPT's optimizer the same
     numbers = convert.nanogpt_content(source)["optimizer"]["state"]
     assert len(numbers) == len(source.averages) / 2 == 28 - 14
