@@ -539,3 +539,25 @@ def test_a_broken_training_record_is_named(resumable, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         training_state.load_training_record(resumable)
+
+
+def test_steps_that_overtake_one_checkpoint_leave_it_as_it_was(tmp_path, monkeypatch):
+    write, go_on = safetensors_file.write, threading.Event()
+    monkeypatch.setattr(safetensors_file, "write", lambda *args: (go_on.wait(60), write(*args)))
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    config = TrainConfig(model=model.config)
+    trainer = training.Trainer(model, config)
+    ids = np.arange(9)[None] % 11
+    batch = ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
+    trainer.step([batch])
+    before = {name: np.array(p) for name, p in model.named_weights().items()}
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(model, None, TrainingState(trainer.optimizer, 1, None, {}), best=False)
+    for _ in range(3):
+        trainer.step([batch])
+    go_on.set()
+    checkpoints.wait()
+    saved = checkpoint.load_model(tmp_path / "last").named_weights()
+    for name, p in before.items():
+        np.testing.assert_array_equal(saved[name], p, err_msg=name)
+    assert not np.array_equal(model.wte.weight, before["wte.weight"])
