@@ -25,7 +25,7 @@ TIMES = {"tokens_per_s", "mfu", "memory", "seconds"}  # what no two runs have in
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Iterator[Path]:
-    """A directory with a text and a whole run; in memory if it can be, for a disk takes its time for each checkpoint."""
+    """A directory with a text and a whole run; in memory if it can be, as a disk takes its time for checkpoints."""
     memory = Path("/dev/shm")
     where = memory if memory.is_dir() and os.access(memory, os.W_OK) else tmp_path_factory.getbasetemp()
     with tempfile.TemporaryDirectory(dir=where) as directory:
