@@ -115,7 +115,6 @@ class Run:
             self.group.on_death(self.checkpoints.wait)
         n_train, n_val = self.data.sizes()
         how = "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
-        ranks = f", {self.group.size} ranks" if self.group.size > 1 else ""
         self._say(f"data: {self.data.name}, {self.data.what}; {n_train:,} training and {n_val:,} validation tokens")
         self._say(
             f"model: {self.model.n_params():,} parameters; {shape.n_layer} layers, {shape.n_head} heads of "
@@ -123,7 +122,9 @@ class Run:
         )
         for line in begin.introduction(config) if begin else []:
             self._say(line)
-        self._say(f"device: {how}, {config.dtype}{ranks}; writing to {self.out_dir}")
+        self._say(f"device: {how}, {config.dtype}; writing to {self.out_dir}")
+        if self.group.size > 1:
+            self._say(f"ranks: {', '.join(self.group.names)}")
 
     def _say(self, text: str, style: str = "") -> None:
         report.say(self.console, text, style)

@@ -224,7 +224,7 @@ def test_mlx_launch_starts_it():
     ("theirs", "message"),
     [
         (["--learning_rate", "0.02"], "learning_rate is 0.02 on rank 1 ({host}), but 0.01 on rank 0 ({host})"),
-        (["--data", "other.txt"], "checksum of the training tokens is "),
+        (["--data", "other.txt"], "the data's SHA-256 is "),
         (["--data", "nowhere"], "rank 1 ({host}): data: there is no file or directory nowhere"),
         (["--n_lay", "1"], "rank 1 ({host}): unknown flag --n_lay (did you mean 'n_layer'?)"),
     ],

@@ -94,7 +94,7 @@ def test_there_and_back_to_the_bit(tmp_path):
     directory = tmp_path / "last"
     record = json.loads((directory / "training.json").read_text())
     assert record == dict(
-        format=2, step=7, skipped=7, learning_rate=0.25, beta1=0.5, beta2=0.99, eps=1e-8, weight_decay=0.125,
+        format=2, step=7, skipped=0, learning_rate=0.25, beta1=0.5, beta2=0.99, eps=1e-8, weight_decay=0.125,
         best_val_loss=1.5, settings={"max_iters": 9, "beta1": 0.5}, progress={"skipped": [3]},
     )  # fmt: skip
     assert mx.load(str(directory / "optimizer.safetensors"))["m.h.0.attn.c_attn.weight"].shape == (24, 8)
