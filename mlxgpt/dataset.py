@@ -43,8 +43,8 @@ def load(
     if config.data and shards.is_prepared(path):
         prepared = shards.open_prepared(path)
         kind = tokenizers.kind_of(prepared.tokenizer)
-        if given is not None and not tokenizers.same(given, prepared.tokenizer):
-            raise ValueError(f"data: {path} was prepared with another tokenizer than that of {source}")
+        if given is not None:
+            prepared.check_tokenizer(given, str(source))
         if given is None and tokenizer_asked and config.tokenizer != kind:
             raise ValueError(f"tokenizer is {config.tokenizer}, but {path} was prepared with {kind}")
         n_shards = len(prepared.train) + len(prepared.val)

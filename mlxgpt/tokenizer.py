@@ -187,13 +187,6 @@ def kind_of(tokenizer: Tokenizer) -> str:
     return "gpt2" if isinstance(tokenizer, BPETokenizer) else "char"
 
 
-def same(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers number the same tokens in the same way."""
-    if (kind_of(a), a.vocab_size, a.end_of_text) != (kind_of(b), b.vocab_size, b.end_of_text):
-        return False
-    return all(a.token_bytes(token) == b.token_bytes(token) for token in range(a.vocab_size))
-
-
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of some tokens; bytes that are no character become U+FFFD."""
     return b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace")

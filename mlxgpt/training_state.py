@@ -262,7 +262,7 @@ def _read_sums(directory: Path) -> dict[str, str] | None:
     """SHA-256 by file, or None if there is no such list. ValueError if it is damaged."""
     try:
         text = (directory / SUMS).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     *lines, end = text.split("\n")
     sums = {}
