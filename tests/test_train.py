@@ -500,9 +500,7 @@ def test_shards_that_do_not_fit_are_one_line(prepared, tmp_path, capsys):
 
     (tmp_path / "other.txt").write_text("other characters\n" * 40)
     main("--data", "other.txt", "--out_dir", "other", *TINY_FLAGS)
-    assert "prepared was prepared with another tokenizer than that of other/checkpoints" in error(
-        "--init_from", "other"
-    )
+    assert "the shards are of another tokenizer" in error("--init_from", "other")
     assert "tokenizer is gpt2, but prepared was prepared with char" in error("--tokenizer", "gpt2")
     assert "vocab_size is 5, expected at least the tokenizer's 28" in error("--vocab_size", "5")
     manifest = json.loads((prepared / "manifest.json").read_text())
