@@ -205,6 +205,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(corpus, half, tmp_path, m
     if not kernels_there:
         monkeypatch.setattr(kernels, "_core", None)
     flags = [*TINY_FLAGS, "--learning_rate", "0.01", "--warmup_iters", "2", "--gradient_accumulation_steps", "2"]
+    flags += ["--dropout", "0.1"]
     main("--data", str(corpus), "--out_dir", "whole", *flags, "--max_iters", "12")
     main("--data", str(corpus), "--out_dir", "half", *flags, "--lr_decay_iters", "12", "--overwrite")
     first = curve(half)
