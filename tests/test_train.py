@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,12 +63,13 @@ def test_a_run_writes_what_it_says(corpus, tmp_path):
     assert model.config.vocab_size == len(set(corpus.read_text()))
 
 
-def test_the_same_run_gives_the_same_numbers(corpus, tmp_path):
+def test_the_same_run_gives_the_same_numbers(corpus, tmp_path, monkeypatch):
+    """In a process of its own, and in one that has done other things before."""
+    monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), "--device", "cpu", *TINY_FLAGS]  # a GPU adds gradients of embeddings in any order
-    for out_dir in ("a", "b"):
-        assert command(*flags, "--out_dir", out_dir, cwd=tmp_path).returncode == 0
-    repeat = command("--config", "a/settings.toml", "--out_dir", "c", cwd=tmp_path)
-    assert repeat.returncode == 0, repeat.stderr
+    assert command(*flags, "--out_dir", "a", cwd=tmp_path).returncode == 0
+    main(*flags, "--out_dir", "b")
+    main("--config", "a/settings.toml", "--out_dir", "c")
 
     def losses(name):
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
@@ -101,31 +101,18 @@ def test_a_model_that_has_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_out_dir_is_not_overwritten_unasked(corpus, tmp_path):
+def test_out_dir_is_not_overwritten_unasked(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), *TINY_FLAGS]
     for expected in ("runs/cpu", "runs/cpu-2"):
-        assert command(*flags, "--preset", "cpu", cwd=tmp_path).returncode == 0
+        main(*flags, "--preset", "cpu")
         assert (tmp_path / expected / "best").is_dir()
-    again = command(*flags, "--out_dir", "runs/cpu", cwd=tmp_path)
-    assert again.returncode == 1
-    assert "out_dir: runs/cpu already holds a run; give another, or --overwrite" in again.stderr
-    assert command(*flags, "--out_dir", "runs/cpu", "--overwrite", cwd=tmp_path).returncode == 0
-
-
-def test_ctrl_c_saves_and_ends(corpus, tmp_path):
-    flags = [*TINY_FLAGS, "--max_iters", "1000000", "--eval_interval", "1000000", "--log_interval", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlxgpt.train", "--data", str(corpus), "--out_dir", "run", *flags],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "stopped after" in out
-    assert checkpoint.load_model(tmp_path / "run" / "last").config.n_layer == 1
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="out_dir: runs/cpu already holds a run; give another, or --overwrite"):
+        main(*flags, "--out_dir", "runs/cpu")
+    assert files(tmp_path) == before
+    main(*flags, "--out_dir", "runs/cpu", "--overwrite", "--max_iters", "3")
+    assert list(curve(tmp_path / "runs/cpu")) == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -142,12 +129,15 @@ def test_ctrl_c_saves_and_ends(corpus, tmp_path):
         (["--learning_rate", "1e30", "--warmup_iters", "0", "--grad_clip", "0"], "training has diverged"),
     ],
 )
-def test_bad_input_is_one_line(corpus, tmp_path, args, message):
+def test_bad_input_is_one_line(corpus, tmp_path, monkeypatch, capsys, args, message):
     if "gpu" in args and mx.is_available(mx.gpu):
         pytest.skip("MLX has a GPU here")
-    result = command("--data", "text.txt", "--out_dir", "run", *TINY_FLAGS, *args, cwd=tmp_path)
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--data", "text.txt", "--out_dir", "run", *TINY_FLAGS, *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.run("mlxgpt.train", train.main)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
@@ -312,9 +302,9 @@ def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch,
     assert files(tmp_path) == before
 
 
-def test_a_padded_vocabulary_is_kept(corpus, tmp_path):
-    result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--vocab_size", "64", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_a_padded_vocabulary_is_kept(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--vocab_size", "64")
     assert checkpoint.load_model(tmp_path / "run" / "last").config.vocab_size == 64
 
 
