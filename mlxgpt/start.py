@@ -45,19 +45,23 @@ class Start:
         """What the run wrote down for itself; the converter's checkpoints have nothing."""
         return dict(self.record.get("progress") or {}) if self.record else {}
 
+    @property
+    def _of_model(self) -> dict[str, Any]:
+        """The settings that the model itself has."""
+        return {**vars(self.shape), "tokenizer": tokenizer.kind_of(self.tokenizer)}
+
     def settings(self) -> dict[str, Any]:
         """The settings that come with it, of TrainConfig and GPTConfig."""
-        values = {**vars(self.shape), "tokenizer": tokenizer.kind_of(self.tokenizer)}
         if self.record is None:
-            return values
+            return self._of_model
         adamw = {name: self.record[name] for name in ("beta1", "beta2", "weight_decay")}
-        return {**adamw, **self.record["settings"], **values}
+        return {**adamw, **self.record["settings"], **self._of_model}
 
     def require_shape(self, config: TrainConfig) -> None:
         """ValueError for a setting that contradicts the model: all of its shape but dropout, and fewer positions for a
         fresh start."""
         now = {**vars(config), **vars(config.model)}
-        for name, value in {**vars(self.shape), "tokenizer": tokenizer.kind_of(self.tokenizer)}.items():
+        for name, value in self._of_model.items():
             crop = name == "block_size" and now[name] < value and self.record is None
             if now[name] != value and name != "dropout" and not crop:
                 raise ValueError(f"{name} is {now[name]}, but {value} in the model of {self.path}")

@@ -85,7 +85,7 @@ class Run:
         self.model.update(group.broadcast(self.model.parameters()))  # machines may round random numbers differently
 
         self.losses: list[float] = before.get("losses", [])  # since the last line of the log
-        self.tokens, self.seconds = before.get("tokens", 0), before.get("seconds", 0.0)
+        self._before = before.get("tokens", 0), before.get("seconds", 0.0)
         self.spikes = report.Spikes(config.spike_threshold, before.get("spikes"))
         self.skipped_in_row = before.get("skipped_in_row", 0)
         self._pending: list[tuple[int, Any, Any]] = []  # steps, their losses and norms, that nobody has looked at yet
@@ -136,11 +136,11 @@ class Run:
         """
         config, interrupted = self.config, _Interrupt()
         save_interval = config.save_interval or config.eval_interval
-        draw = data.Ahead(self._micro_batches)
+        draw, (tokens, seconds) = data.Ahead(self._micro_batches), self._before
         progress = report.Progress(
             self.console, self.first_step, config.max_iters, self._windows_per_step * config.model.block_size,
             eval_interval=config.eval_interval, flops_per_token=device.training_flops(config.model),
-            peak_flops=device.peak_flops(config.dtype) * self.group.size, tokens=self.tokens, seconds=self.seconds,
+            peak_flops=device.peak_flops(config.dtype) * self.group.size, tokens=tokens, seconds=seconds,
         )  # fmt: skip
         with interrupted, progress:
             if self.is_new:
@@ -159,6 +159,8 @@ class Run:
                 if saves:
                     with progress.paused():
                         best = evaluates and self._evaluate()
+                        if evaluates or stop:
+                            self._draw()
                         if not self.skipped_in_row or done:  # else the weights may be why the last loss is not finite
                             self._save(best, progress)
                 elif self.checkpoints:
@@ -169,8 +171,12 @@ class Run:
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step's windows."""
-        before = self._windows_before + (step - 1 - self.first_step) * self._windows_per_step
+        before = self._windows_after(step - 1)
         return [self.batches.draw(before + windows.start, len(windows)) for windows in self._share]
+
+    def _windows_after(self, steps: int) -> int:
+        """How many windows all ranks have drawn by then: the position in the data."""
+        return self._windows_before + (steps - self.first_step) * self._windows_per_step
 
     def _look(self, all_of_them: bool) -> None:
         """At the losses of steps taken: of all, or of all but the newest, which a GPU may still be computing.
@@ -210,7 +216,6 @@ class Run:
         self._say(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}", "bold")
         if best:
             self.best, self.best_step = loss, step
-        self._draw()
         if step > self.first_step and self.config.sample_tokens and self.group.rank == 0:
             self._say(_indented(self.sample()), "dim")
         return best
@@ -219,14 +224,14 @@ class Run:
         """A checkpoint, written while training goes on. OSError if an earlier one couldn't be."""
         if self.checkpoints is None:
             return
-        done = self.trainer.steps - self.first_step
+        steps = self.trainer.steps
         state = training_state.TrainingState(
-            self.trainer.optimizer, self.trainer.steps, self.best if self.best_step else None,
+            self.trainer.optimizer, steps, self.best if math.isfinite(self.best) else None,
             start.kept_settings(self.config),
             progress={
-                "data": self.data.fingerprint, "windows": self._windows_before + done * self._windows_per_step,
+                "data": self.data.fingerprint, "windows": self._windows_after(steps),
                 "best_step": self.best_step, "losses": self.losses, "spikes": self.spikes.state,
-                "skipped_in_row": self.skipped_in_row, **progress.totals(self.trainer.steps),
+                "skipped_in_row": self.skipped_in_row, **progress.totals(steps),
             },
         )  # fmt: skip
         checkpoint.sync(self.out_dir / "metrics.jsonl")  # so that a checkpoint never knows more than the metrics
@@ -255,7 +260,6 @@ class Run:
         if self.checkpoints:
             self.checkpoints.wait()
         self.metrics.close()
-        self._draw()
         curves = {"training": self.metrics.curve("loss"), "validation": self.metrics.curve("val_loss")}
         if self.group.rank == 0:
             print(plot.terminal_losses(curves, self.console))

@@ -24,8 +24,7 @@ import os
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,12 +122,10 @@ class Checkpoints:
     ones removed. What a killed run has left half done in the directory is removed or put right at the start.
     """
 
-    def __init__(
-        self, run: Path, keep_last: int, on_saved: Callable[[Path, float], None] = lambda directory, seconds: None
-    ) -> None:
-        """Keeps the newest keep_last and the best; on_saved hears, in the thread, of each that is on the disk, and how
-        long that took. OSError; ValueError for an earlier version's last/ that can't be read."""
-        self.run, self.keep_last, self._on_saved = run, keep_last, on_saved
+    def __init__(self, run: Path, keep_last: int) -> None:
+        """Keeps the newest keep_last and the best. OSError; ValueError for an earlier version's last/ that can't be
+        read."""
+        self.run, self.keep_last = run, keep_last
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._copies: dict[tuple[str, str], np.ndarray] = {}
@@ -171,13 +168,12 @@ class Checkpoints:
         self.check()
 
     def _run(self, step: int, small: Mapping[str, bytes], lent: _Lent, best: bool) -> None:  # in the thread
-        directory, start = self.run / CHECKPOINTS / _name(step), time.perf_counter()
+        directory = self.run / CHECKPOINTS / _name(step)
         try:
             _write(directory, small, lent)
             for link in (BEST, LAST) if best else (LAST,):
                 _turn(self.run, link, directory)
             _prune(self.run, step, self.keep_last)
-            self._on_saved(directory, time.perf_counter() - start)
         except OSError as error:
             last = followed(self.run / LAST)
             kept = f"{last} is kept" if last.is_dir() else "there is no earlier one"
