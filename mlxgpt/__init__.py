@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError(_message) from error
 
 if TYPE_CHECKING:
-    from .generation import generate, load, stream
+    from .generation.samples import generate, load, stream
 
 __all__ = ["generate", "load", "stream"]
 

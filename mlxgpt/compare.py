@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import cli, plot, report
-from .config import GPTConfig, from_dict, settings
-from .model import GPT
-from .report import History
+from .common import cli
+from .common.settings import GPTConfig, from_dict, settings
+from .model.gpt import GPT
+from .training import metrics as report
+from .training import plot
+from .training.metrics import History
 
 IN_TERMINAL = 6  # runs that a terminal's colours tell apart
 

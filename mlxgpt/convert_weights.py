@@ -25,8 +25,11 @@ from rich.progress import (
 )  # fmt: skip
 from rich.table import Table
 
-from . import checkpoint, cli, convert, gguf_file, safetensors_file
-from .config import ConvertConfig
+from .common import cli
+from .common.settings import ConvertConfig
+from .formats import foreign as convert
+from .formats import gguf_file, safetensors_file
+from .formats import model_directory as checkpoint
 
 
 def main(args: Sequence[str]) -> None:

@@ -16,11 +16,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from . import cli, data, kernels, ops, report
-from .config import EvaluateConfig
-from .generation import load_named
-from .model import GPT
-from .tokenizer import Tokenizer
+from .common import cli
+from .common.settings import EvaluateConfig
+from .cpu import operations as kernels
+from .data import corpus as data
+from .data.tokenizer import Tokenizer
+from .generation.samples import load_named
+from .model import ops
+from .model.gpt import GPT
+from .training import metrics as report
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import cli
-from .config import SampleConfig
-from .generation import Batch, Piece, Sample, generate, load, load_named, start, stream
-from .model import GPT
-from .sampling import Sampler
-from .tokenizer import Tokenizer
+from .common import cli
+from .common.settings import SampleConfig
+from .data.tokenizer import Tokenizer
+from .generation.samples import Batch, Piece, Sample, generate, load, load_named, start, stream
+from .generation.sampling import Sampler
+from .model.gpt import GPT
 
 __all__ = ["Piece", "Sample", "generate", "load", "main", "stream"]
 

@@ -20,10 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint, cli, kernels, ops
-from .cache import KVCache
-from .config import PRESETS, GPTConfig, nearest, settings
-from .model import GPT
+from .common import cli
+from .common.settings import PRESETS, GPTConfig, nearest, settings
+from .cpu import operations as kernels
+from .formats import model_directory as checkpoint
+from .model import ops
+from .model.cache import KVCache
+from .model.gpt import GPT
 
 STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
 

@@ -15,29 +15,24 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from . import (
-    checkpoint,
-    cli,
-    data,
-    dataset,
-    device,
-    distributed,
-    kernels,
-    loggers,
-    ops,
-    plot,
-    report,
-    start,
-    training_state,
-)
-from .config import TrainConfig, settings
-from .decoding import Decoder
-from .distributed import Group
-from .model import GPT
-from .optim import learning_rate
-from .sampling import Sampler
-from .tokenizer import Tokenizer, decode, kind_of
-from .training import Batch, Trainer
+from .common import cli
+from .common.settings import TrainConfig, settings
+from .cpu import operations as kernels
+from .data import corpus as data
+from .data import dataset
+from .data.tokenizer import Tokenizer, decode, kind_of
+from .formats import model_directory as checkpoint
+from .formats import training_state
+from .generation.decoding import Decoder
+from .generation.sampling import Sampler
+from .model import ops
+from .model.gpt import GPT
+from .training import device, distributed, loggers, plot
+from .training import metrics as report
+from .training import origin as start
+from .training.distributed import Group
+from .training.optim import learning_rate
+from .training.trainer import Batch, Trainer
 
 
 class Run:

@@ -86,8 +86,8 @@ class Contender:
 
 def ours(path: str) -> Times:
     import mlxgpt
-    from mlxgpt.decoding import Decoder
-    from mlxgpt.sampling import Sampler
+    from mlxgpt.generation.decoding import Decoder
+    from mlxgpt.generation.sampling import Sampler
 
     model, _ = mlxgpt.load(path, device="cpu")
 
@@ -209,10 +209,10 @@ def build(directory: Path, llama_python: str) -> None:
     arrays would count in the peak memory of the processes that are started from here."""
     import mlx.core as mx
 
-    from mlxgpt import checkpoint
-    from mlxgpt.config import GPTConfig
-    from mlxgpt.model import GPT
-    from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
+    from mlxgpt.common.settings import GPTConfig
+    from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
+    from mlxgpt.formats import model_directory as checkpoint
+    from mlxgpt.model.gpt import GPT
 
     mx.random.seed(0)
     if not (directory / "float32").exists():

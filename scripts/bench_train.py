@@ -33,9 +33,10 @@ ADAMW = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
 def ours(shape: dict[str, int]) -> Callable[[np.ndarray, np.ndarray], float]:
     import mlx.core as mx
 
-    from mlxgpt import ops, training
-    from mlxgpt.config import GPTConfig, TrainConfig
-    from mlxgpt.model import GPT
+    from mlxgpt.common.settings import GPTConfig, TrainConfig
+    from mlxgpt.model import ops
+    from mlxgpt.model.gpt import GPT
+    from mlxgpt.training import trainer as training
 
     ops.use_device("cpu")
     config = TrainConfig(**ADAMW, warmup_iters=0, decay_lr=False, model=GPTConfig(**shape))
@@ -91,9 +92,9 @@ def flops_per_step(name: str) -> int:
     """Of the matrix products of a forward and a backward pass, the causal half of attention only."""
     import mlx.core as mx
 
-    from mlxgpt.config import GPTConfig
+    from mlxgpt.common.settings import GPTConfig
     from mlxgpt.inspect import trace
-    from mlxgpt.model import GPT
+    from mlxgpt.model.gpt import GPT
 
     shape, batch = SHAPES[name]
     calls = trace(GPT(GPTConfig(**shape)), mx.zeros((batch, shape["block_size"]), mx.int32))

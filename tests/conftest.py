@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxgpt import ops
+from mlxgpt.model import ops
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mlxgpt import cli, compare, plot
-from mlxgpt.report import History
+from mlxgpt import compare
+from mlxgpt.common import cli
+from mlxgpt.training import plot
+from mlxgpt.training.metrics import History
 
 
 def make_run(path: Path, lowest: float, **settings: object) -> Path:

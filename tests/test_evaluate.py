@@ -17,10 +17,12 @@ import pytest
 import reference
 from mlx.utils import tree_unflatten
 
-from mlxgpt import checkpoint, evaluate, kernels
-from mlxgpt.config import GPTConfig
-from mlxgpt.model import GPT
-from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt import evaluate
+from mlxgpt.common.settings import GPTConfig
+from mlxgpt.cpu import operations as kernels
+from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.model.gpt import GPT
 
 T, V = golden.SHAPE["block_size"], golden.SHAPE["vocab_size"]
 TOKENS = np.random.default_rng(7).integers(0, V, 45).astype(np.uint8)

@@ -14,10 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxgpt import checkpoint, generate
-from mlxgpt.config import GPTConfig
-from mlxgpt.model import GPT
-from mlxgpt.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt import generate
+from mlxgpt.common.settings import GPTConfig
+from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.model.gpt import GPT
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxgpt import checkpoint, inspect, kernels, ops
-from mlxgpt.cache import KVCache
-from mlxgpt.config import GPTConfig, TrainConfig
-from mlxgpt.model import GPT
-from mlxgpt.training import Trainer
+from mlxgpt import inspect
+from mlxgpt.common.settings import GPTConfig, TrainConfig
+from mlxgpt.cpu import operations as kernels
+from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.model import ops
+from mlxgpt.model.cache import KVCache
+from mlxgpt.model.gpt import GPT
+from mlxgpt.training.trainer import Trainer
 
 
 @pytest.fixture

@@ -13,16 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxgpt import (
-    checkpoint,
-    cli,
-    kernels,
-    prepare_text,
-    safetensors_file,
-    train,
-    training,
-    training_state,
-)
+from mlxgpt import train
+from mlxgpt.common import cli
+from mlxgpt.cpu import operations as kernels
+from mlxgpt.data import preparation as prepare_text
+from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.formats import safetensors_file, training_state
+from mlxgpt.training import trainer as training
 
 TINY_FLAGS = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_iters 6 --eval_interval 3 "

@@ -1,0 +1,152 @@
+"""From a command line to a config, and from an exception to one line for a person."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from .settings import from_dict, nearest, preset, settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Config = TypeVar("Config")
+
+
+class UsageError(Exception):
+    """A mistake on the command line: exit status 2."""
+
+
+def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | None = None) -> Config:
+    """A config from command-line arguments; `--help` prints its fields and exits.
+
+    Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
+    UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
+    """
+    words = ["=".join(flag) for flag in _flags(cls, args)]  # one word, as a value may begin with a dash
+    flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(flat, args=words, default=default, prog=prog, use_underscores=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UsageError(_one_line(output.getvalue())) from None
+    except ValueError as error:  # a rule of the config's own
+        raise UsageError(str(error)) from None
+
+
+def given(cls: type, args: Sequence[str]) -> dict[str, str]:
+    """The flags that a command line sets, as written: name -> value ('' for a switch)."""
+    pairs = (flag for flag in _flags(cls, args) if flag[0].startswith("--"))
+    return {name[2:].removeprefix("no_"): "".join(value) for name, *value in pairs}
+
+
+def with_defaults(
+    cls: type[Config],
+    args: Sequence[str],
+    fallback_preset: str,
+    inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
+) -> tuple[Config, set[str]]:
+    """What the flags are laid over: a preset (--preset), then what `inherited` makes of all that is given, then
+    a TOML file (--config); and the names set there."""
+    flags = given(cls, args)
+    file = read_toml(flags["config"]) if flags.get("config") else {}
+    under = inherited({**file, **flags})
+    name = flags.get("preset") or file.get("preset") or under.get("preset") or fallback_preset
+    values = {**preset(name), **under, **file, "preset": name}
+    return from_dict(cls, values, source=flags.get("config") or f"preset {name}"), set(values)
+
+
+def _flags(cls: type, args: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The arguments as (flag, value), (switch,) or (positional,), each flag's name checked."""
+    kinds = settings(cls)
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            yield (word,)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        positive = name.removeprefix("no_")
+        if name == "help":
+            yield ("--help",)
+        elif kinds.get(positive) is bool:
+            if not equals and name == positive and words and words[0].lower() in ("true", "false"):
+                value = words.pop(0)
+            if value.lower() not in ("", "true", "false"):
+                raise UsageError(f"--{name} is {value}, expected True or False")
+            on = (name == positive) == (value.lower() != "false")
+            yield (f"--{positive}" if on else f"--no_{positive}",)
+        elif name not in kinds:
+            raise UsageError(f"unknown flag --{name}{nearest(name, kinds)}")
+        elif not equals and not words:
+            raise UsageError(f"--{name} has no value")
+        else:
+            yield (f"--{name}", value if equals else words.pop(0))
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed error message as one line. Without UTF-8 the frame is a title above a rule."""
+    rows = (row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰")))
+    parts = re.split(r"\n[─-]{10,}", "\n".join(rows))
+    text = (parts[0] if "╭" in box else parts[1]).split("For full helptext")[0]
+    return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The settings in a TOML file, its tables flattened. FileNotFoundError; ValueError with the file's name."""
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return {key.replace("-", "_"): value for key, value in flat.items()}
+
+
+def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command: a user's mistake is one line on stderr, never a traceback.
+
+    Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 shows where it came from.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character shows a ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        status = 0
+    except BrokenPipeError:  # the reader has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        no_memory = isinstance(error, RuntimeError) and "alloc" in str(error)  # what MLX raises
+        if os.environ.get("MLXGPT_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not no_memory):
+            raise
+        print(f"{prog}: error: {describe(error)}", file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def describe(error: BaseException) -> str:
+    """An exception as one line: the thing, and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,119 @@
+"""TensorBoard and Weights & Biases, from the optional extras: what metrics.jsonl has goes there too."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..common.settings import TrainConfig
+from ..formats.model_directory import write_file
+from .metrics import METRICS, History, Logger
+
+TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"  # in the run's directory
+
+
+def require(config: TrainConfig) -> None:
+    """ValueError, naming what to install, for a logger that is asked for and not there. Before anything is written."""
+    for setting, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        # A namespace of that name has no origin: W&B makes a directory `wandb` where it is run.
+        if getattr(config, setting) and ((spec := find_spec(package)) is None or spec.origin is None):
+            raise ValueError(f"{setting} needs the package {package}: pip install 'mlxgpt[{setting}]'")
+
+
+def start(
+    config: TrainConfig, out_dir: Path, after: int | None, settings: Mapping[str, Any], warn: Callable[[str], None]
+) -> list[Logger]:
+    """The loggers of a run's metrics, each of which begins anew, or goes on after some steps.
+
+    To be called before Metrics, whose `after` is the same: it takes later lines away. `settings` are shown beside
+    the run. What W&B can't do is a line to `warn`, and no end of the run.
+    """
+    loggers: list[Logger] = []
+    if config.tensorboard:
+        loggers.append(TensorBoard(out_dir / TENSORBOARD, after))
+    if config.wandb:
+        loggers.append(WandB(config.wandb, out_dir, after, settings, warn))
+    return loggers
+
+
+class TensorBoard:
+    """Writes event files. Those of steps after the one that a run goes on from are hidden by a mark."""
+
+    def __init__(self, directory: Path, after: int | None) -> None:
+        from tensorboardX import SummaryWriter
+
+        if after is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        purge = None if after is None else after + 1
+        # A file's name has its second, in which a run may end and go on: hence the suffix.
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        # Writing is another thread's; a process that is killed loses what it logged in its last second.
+        self._writer = SummaryWriter(str(directory), purge_step=purge, filename_suffix=suffix, flush_secs=1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Logs to a project of Weights & Biases; without a connection into out_dir/wandb, for `wandb sync`.
+
+    A run that goes on is the same run there. W&B's history can't be taken back: steps that it has are not logged again.
+    """
+
+    def __init__(
+        self, project: str, out_dir: Path, after: int | None, settings: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
+        import wandb
+
+        self._warn, self._run, self._first = warn, None, 0
+        id_file, metrics = out_dir / WANDB_ID, out_dir / METRICS
+        if after is None or not id_file.exists():
+            write_file(id_file, uuid.uuid4().hex[:8].encode())
+        options: dict[str, Any] = dict(
+            project=project, id=id_file.read_text(encoding="ascii"), name=out_dir.name, resume="allow",
+            dir=str(out_dir), config=dict(settings),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+        )  # fmt: skip
+        try:
+            self._run = wandb.init(**options)
+        except Exception as error:  # of many kinds: no key, no network, no such project
+            warn(f"wandb: {_reason(error)}; logging to {out_dir / 'wandb'} instead, for `wandb sync`")
+            with self._surviving():
+                self._run = wandb.init(**options, mode="offline")
+        if self._run is not None:
+            self._first = self._run.starting_step
+            if after is not None and self._run.offline and metrics.exists():  # what W&B would know
+                self._first = History.read(metrics).last("step", -1) + 1
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if self._run is not None and step >= self._first:
+            with self._surviving():
+                self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            with self._surviving():
+                self._run.finish()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """A failure of W&B's ends the logging, not the run."""
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            self._warn(f"wandb: {_reason(error)}; nothing more is logged there")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what W&B says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

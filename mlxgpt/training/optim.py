@@ -1,0 +1,144 @@
+"""AdamW as GPTs are trained with it: decay on matrices only, warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce
+
+from ..common.settings import TrainConfig
+from ..cpu import operations as kernels
+
+
+class AdamW(mlx.optimizers.Adam):
+    """Adam with bias correction and decoupled weight decay of the parameters of two or more dimensions:
+    biases and layer norms are not decayed. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config.learning_rate, [config.beta1, config.beta2], bias_correction=True)
+        self.weight_decay = config.weight_decay
+        self._own: list[mx.array] = []  # weights that own_weights made, and their averages
+        self._own_state: dict | None = None
+        self.before_update: Callable[[], None] = lambda: None  # of arrays in place, for who still reads them
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        if parameter.ndim >= 2:
+            parameter = parameter * (1 - self.learning_rate * self.weight_decay)
+        return super().apply_single(gradient, parameter, state)
+
+    def update_if_finite(self, model: Any, gradients: dict[str, Any], loss: mx.array, max_norm: float) -> mx.array:
+        """update(), with gradients clipped first to max_norm (0 for none) -> their norm before, a scalar.
+
+        Where the norm or the loss is not finite the model and the state stay as they were, the state's step too, and
+        the scalar is not finite. Nothing is evaluated: which it is the graph itself decides.
+        """
+        if max_norm:
+            gradients, norm = clip_grad_norm(gradients, max_norm)
+        else:
+            norm = global_norm(gradients)
+        norm = mx.where(mx.isfinite(loss), norm, mx.nan)
+        finite = mx.isfinite(norm)
+
+        def chosen(new: mx.array, old: mx.array) -> mx.array:
+            return mx.where(finite, new, old)
+
+        before = tree_map(lambda a: a, self.state)
+        model.update(tree_map(chosen, self.apply_gradients(gradients, model), model))
+        self.state.update(tree_map(chosen, self.state, before))
+        return norm
+
+    def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
+        """On the CPU's kernels: update(), with gradients clipped first -> their norm before.
+
+        Arrays are in order of the model's parameters, and the weights those of own_weights(). Where the norm is not
+        finite they stay as they were, and the state too.
+        """
+        self.before_update()
+        step = int(self.step.item()) + 1
+        norm = kernels.adamw(
+            weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
+            beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
+        )  # fmt: skip
+        if math.isfinite(norm):
+            self.state["step"] = mx.array(step, mx.uint64)
+        return norm
+
+    def own_weights(self, model: Any) -> list[mx.array]:
+        """A model's parameters to be trained, in memory that nobody else holds, to be updated in place, and so the
+        averages.
+
+        They are copied the first time, and when somebody has put other arrays into the model or the state.
+        """
+        weights = list(model.trainable_weights().values())
+        if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
+            del weights
+            _own(model)
+            _own(self.state)
+            self._own_state = self.state
+            self._own = weights = list(model.trainable_weights().values())
+            averages = list(self.averages(model).values())
+            self._averages = averages[: len(weights)], averages[len(weights) :]
+        return weights
+
+    def averages(self, model: Any) -> dict[str, mx.array]:
+        """Of a model's gradients, by the names "m.wte.weight", and then of their squares, "v.wte.weight"; the arrays
+        themselves, which a step may update in place. Frozen parameters have none."""
+        state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
+        names = model.trainable_weights()
+        return {f"{average}.{name}": state[f"{name}.{average}"] for average in "mv" for name in names}
+
+    def restore(self, model: Any, step: int, averages: dict[str, mx.array]) -> None:
+        """Goes on from the averages, named as averages() does, after `step` steps."""
+        names = model.trainable_weights()
+        state = {f"{name}.{average}": averages[f"{average}.{name}"] for name in names for average in "mv"}
+        state["step"] = mx.array(step, mx.uint64)
+        self.init(model.trainable_parameters())
+        # the same dictionary as before, since a compiled step holds it
+        self.state.update(tree_map_with_path(lambda name, array: state.get(name, array), self.state))
+        self._own_state = None
+
+
+def _own(tree: Any) -> None:
+    """Copies a tree's arrays, one after the other, so that no two trees are ever held."""
+    for key, value in enumerate(tree) if isinstance(tree, list) else list(tree.items()):
+        if isinstance(value, mx.array):
+            tree[key] = mx.array(np.array(value, copy=False))
+        elif isinstance(value, (dict, list)):
+            _own(value)
+
+
+def global_norm(gradients: Any) -> mx.array:
+    """The Euclidean norm of all of a tree's arrays together, a float32 scalar; not finite if an element is not.
+
+    Elements are divided by the largest first, so that no square is too large for float32.
+    """
+    largest = tree_reduce(lambda most, g: mx.maximum(most, mx.abs(g).max()), gradients, mx.array(1e-30))
+    squares = tree_reduce(lambda total, g: total + mx.square(g / largest).sum(), gradients, mx.array(0.0))
+    return largest * mx.sqrt(squares)
+
+
+def clip_grad_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
+    """A tree of gradients multiplied by min(1, max_norm / norm), and their norm before.
+
+    Pascanu et al. 2013, https://arxiv.org/abs/1211.5063; PyTorch's and MLX's, which add the same 1e-6.
+    """
+    norm = global_norm(gradients)
+    factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: g * factor, gradients), norm
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step that follows `step` others: linear warm-up, then a cosine down to min_lr (nanoGPT's get_lr)."""
+    low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    end = config.lr_decay_iters or config.max_iters
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return low + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - low)

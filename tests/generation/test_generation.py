@@ -1,0 +1,192 @@
+"""mlxgpt.load, generate and stream: the Python interface."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlxgpt
+from mlxgpt.common.settings import GPTConfig
+from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.generation.samples import Piece, Sample
+from mlxgpt.model.gpt import GPT
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    mx.random.seed(5)
+    path = tmp_path_factory.mktemp("model") / "m"
+    model = GPT(GPTConfig(block_size=16, vocab_size=12, n_layer=1, n_head=2, n_embd=8))
+    model.wte.weight = mx.random.normal((12, 8), scale=0.5)
+    checkpoint.save_model(path, model, CharTokenizer("\nabcdefghi"))  # two ids of padding
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(directory):
+    return mlxgpt.load(directory)
+
+
+def test_load_gives_the_model_and_its_tokenizer(directory):
+    model, tokenizer = mlxgpt.load(str(directory), device="cpu")
+    assert (model.config.block_size, tokenizer.vocab_size) == (16, 10)
+    assert mx.default_device() == mx.Device(mx.cpu)
+    with pytest.raises(FileNotFoundError, match="model: there is no directory"):
+        mlxgpt.load(directory / "none")
+
+
+def test_one_prompt_gives_a_sample(loaded):
+    sample = mlxgpt.generate(*loaded, "abc", max_new_tokens=10)
+    assert isinstance(sample, Sample)
+    assert (sample.prompt, sample.prompt_tokens, sample.finish) == ("abc", [1, 2, 3], "length")
+    assert len(sample.text) == len(sample.tokens) == 10
+    assert str(sample) == sample.text
+    assert sample.logprobs is None
+
+
+def test_several_prompts_give_each_what_it_gives_alone(loaded):
+    prompts = ["abc", "", "defghia"]
+    together = mlxgpt.generate(*loaded, prompts, max_new_tokens=12, temperature=0)
+    alone = [mlxgpt.generate(*loaded, prompt, max_new_tokens=12, temperature=0) for prompt in prompts]
+    assert together == alone
+    assert mlxgpt.generate(*loaded, []) == []
+
+
+def test_each_row_draws_by_its_own_seed(loaded):
+    rows = mlxgpt.generate(*loaded, ["a"] * 3, max_new_tokens=8, seed=4)
+    assert rows[2].text == mlxgpt.generate(*loaded, "a", max_new_tokens=8, seed=6).text
+    assert len({row.text for row in rows}) == 3
+
+
+def test_logprobs_are_the_models(loaded):
+    model, tokenizer = loaded
+    sample = mlxgpt.generate(model, tokenizer, "ab", max_new_tokens=6, logprobs=True, temperature=0.1, top_k=3)
+    ids = [*sample.prompt_tokens, *sample.tokens]
+    logits = np.array(model(mx.array([ids], mx.int32)))[0, 1:-1, :10].astype(np.float64)
+    expected = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))[np.arange(6), sample.tokens]
+    np.testing.assert_allclose(sample.logprobs, expected, rtol=1e-4)
+
+
+def test_a_stream_is_the_sample_in_pieces(loaded):
+    sample = mlxgpt.generate(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3)
+    pieces = list(mlxgpt.stream(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3))
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == sample.text
+    assert [piece.token for piece in pieces] == sample.tokens
+    assert [piece.logprob for piece in pieces] == sample.logprobs
+    assert [piece.finish for piece in pieces] == [None] * 8 + ["length"]
+
+
+def test_a_stop_string_ends_a_text_and_is_not_in_it(loaded):
+    whole = mlxgpt.generate(*loaded, "abc", max_new_tokens=30, seed=3)
+    stop = whole.text[10:13]  # three tokens
+    cut = mlxgpt.generate(*loaded, "abc", max_new_tokens=30, seed=3, stop=stop)
+    at = whole.text.index(stop)
+    assert (cut.text, cut.finish) == (whole.text[:at], "stop")
+    assert cut.tokens == whole.tokens[: at + 3]
+    pieces = list(mlxgpt.stream(*loaded, "abc", max_new_tokens=30, seed=3, stop=[stop, "\n\n\n"]))
+    assert "".join(piece.text for piece in pieces) == cut.text
+    assert pieces[-1].finish == "stop"
+
+
+def test_what_was_held_back_comes_at_the_end(loaded):
+    whole = mlxgpt.generate(*loaded, "abc", max_new_tokens=12, seed=3)
+    never = whole.text[-2:] + "\n\n\n\n"
+    *_, last = mlxgpt.stream(*loaded, "abc", max_new_tokens=12, seed=3, stop=never)
+    assert (last.text, last.finish) == (whole.text[-2:], "length")
+
+
+def test_a_full_model_ends_the_text(loaded):
+    sample = mlxgpt.generate(*loaded, ["abc", "a"], on_full="stop", stop="\n\n\n\n\n\n")
+    assert [row.finish for row in sample] == ["full", "full"]
+    assert [len(row.tokens) for row in sample] == [14, 16]  # the last one is not put in again
+    pieces = list(mlxgpt.stream(*loaded, "abc", on_full="stop"))
+    assert [piece.finish for piece in pieces] == [None] * 13 + ["full"]
+    assert "".join(piece.text for piece in pieces) == sample[0].text
+    with pytest.raises(ValueError, match="prompt: 17 tokens, at most block_size = 16"):
+        mlxgpt.generate(*loaded, "a" * 17, on_full="stop")
+    assert len(mlxgpt.generate(*loaded, "a" * 17, max_new_tokens=5).text) == 5
+
+
+def biased(tokenizer: BPETokenizer) -> GPT:
+    """A model whose logits are all alike, whatever it reads, so that a bias decides."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
+    model.ln_f.weight, model.ln_f.bias = mx.zeros((4,)), mx.zeros((4,))
+    return model
+
+
+def test_end_of_text_ends_it():
+    tokenizer = BPETokenizer.gpt2()
+    sample = mlxgpt.generate(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
+    assert (sample.text, sample.tokens, sample.finish) == ("", [], "end_of_text")
+    (piece,) = mlxgpt.stream(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
+    assert piece == Piece("", 50256, None, "end_of_text")
+    with pytest.raises(ValueError, match="logit_bias: id 50257, expected 0 to 50256"):  # padding
+        mlxgpt.generate(biased(tokenizer), tokenizer, "Hi", logit_bias={50257: 1.0})
+
+
+def test_an_empty_prompt_starts_from_end_of_text():
+    tokenizer = BPETokenizer.gpt2()
+    sample = mlxgpt.generate(biased(tokenizer), tokenizer, "", max_new_tokens=1)
+    assert sample.prompt_tokens == [50256]
+
+
+def test_a_part_of_a_character_waits():
+    tokenizer = BPETokenizer.gpt2()
+    first = int(tokenizer.encode("😀")[0])
+    assert tokenizer.token_bytes(first) == b"\xf0\x9f\x98"
+    pieces = list(
+        mlxgpt.stream(biased(tokenizer), tokenizer, "Hi", max_new_tokens=3, logit_bias={first: 9.0}, temperature=0)
+    )
+    assert [piece.text for piece in pieces] == ["", "\ufffd", "\ufffd\ufffd"]
+
+
+def test_padding_is_never_drawn(loaded):
+    model, tokenizer = loaded
+    sample = mlxgpt.generate(model, tokenizer, "a", max_new_tokens=300, temperature=1000.0)
+    assert set(sample.tokens) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens is 0, expected at least 1"),
+        (dict(top_p=0.0), "top_p is 0.0, expected 0 < top_p <= 1"),
+        (dict(stop=""), "stop is '', expected at least one character"),
+        (dict(stop=["a", "aé"]), "stop: character 'é' at position 1 is not among the 10"),
+        (dict(stop="\udcff"), "stop: .*surrogates not allowed"),
+    ],
+)
+def test_rules_name_the_value(loaded, settings, message):
+    for function in (mlxgpt.generate, mlxgpt.stream):
+        with pytest.raises(ValueError, match=message):
+            function(*loaded, "a", **settings)
+    with pytest.raises(ValueError, match="prompt: character 'é' at position 0"):
+        mlxgpt.generate(*loaded, "é")
+    with pytest.raises(TypeError, match="temprature"):
+        mlxgpt.generate(*loaded, "a", temprature=1)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mlxgpt; print(mlxgpt.generate(*mlxgpt.load(m), 'a', **s)); import mlxgpt.generate as g; g.main",
+        "import mlxgpt.generate; print(mlxgpt.generate(*mlxgpt.load(m), 'a', **s)); mlxgpt.generate.main",
+        "from mlxgpt import generate; generate.main; import mlxgpt; print(generate(*mlxgpt.load(m), 'a', **s))",
+        "from mlxgpt.generate import generate, load, main; print(generate(*load(m), 'a', **s))",
+        "from mlxgpt import load, stream; print(''.join(p.text for p in stream(*load(m), 'a', **s)))",
+    ],
+)
+def test_the_module_is_the_function_in_any_order(run_python, directory, loaded, code):
+    result = run_python("-c", f"m, s = {str(directory)!r}, dict(max_new_tokens=5, temperature=0); {code}")
+    expected = mlxgpt.generate(*loaded, "a", max_new_tokens=5, temperature=0).text + "\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, expected, "")
+
+
+def test_importing_the_package_imports_none_of_it(run_python):
+    result = run_python("-c", "import mlxgpt, sys; print([m for m in sys.modules if m.startswith('mlxgpt.')])")
+    assert result.stdout == "[]\n"
+    with pytest.raises(AttributeError, match="has no attribute 'genrate'"):
+        mlxgpt.genrate  # noqa: B018

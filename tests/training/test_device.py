@@ -1,0 +1,60 @@
+"""The yardsticks of a run: FLOPs beside those of inspect, the measured peak, memory."""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxgpt import inspect
+from mlxgpt.common.settings import GPTConfig
+from mlxgpt.cpu import operations as kernels
+from mlxgpt.model import ops
+from mlxgpt.model.gpt import GPT
+from mlxgpt.training import device
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTConfig(),
+        GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128),
+        GPTConfig(block_size=7, vocab_size=11, n_layer=3, n_head=2, n_embd=6, tied_head=False, bias=False),
+    ],
+)
+def test_flops_are_those_that_inspect_counts(config):
+    calls = inspect.trace(GPT(config), mx.zeros((2, config.block_size), mx.int32))
+    assert device.training_flops(config) * 2 * config.block_size == 3 * sum(call.matmul_flops() for call in calls)
+
+
+@pytest.mark.parametrize("on_kernels", [True, False])
+def test_the_peak_is_a_speed_that_a_product_can_have(monkeypatch, on_kernels):
+    if not on_kernels:
+        monkeypatch.setattr(kernels, "_core", None)
+    device._peak_flops.cache_clear()
+    random = mx.random.state[0].tolist()
+    start = time.perf_counter()
+    peak = device.peak_flops("float32")
+    assert time.perf_counter() - start < 2  # 0.4 s on a machine that does nothing else
+    assert mx.random.state[0].tolist() == random
+    n = 256
+    x, weight = np.ones((n, n), np.float32), mx.ones((n, n))
+    rows = x if kernels.available() else mx.array(x)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        mx.eval(ops.linear(rows, weight))
+        seconds.append(time.perf_counter() - start)
+    assert peak > 0.2 * 2 * n**3 / min(seconds)
+    start = time.perf_counter()
+    assert device.peak_flops("float32") == peak
+    assert time.perf_counter() - start < 0.01
+
+
+def test_memory_grows_with_what_is_held():
+    before = device.peak_memory()
+    held = mx.ones((64, 1024, 1024), mx.uint8) if mx.default_device().type == mx.gpu else np.ones(2**26, np.uint8)
+    mx.eval(held if isinstance(held, mx.array) else [])
+    assert before + 2**25 < device.peak_memory() < before + 2**30
