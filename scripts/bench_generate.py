@@ -220,7 +220,7 @@ def build(directory: Path, llama_python: str) -> None:
     if not (directory / "toy").exists():
         toy = GPTConfig(block_size=512, vocab_size=96, n_layer=1, n_head=1, n_embd=16)
         checkpoint.save_model(directory / "toy", GPT(toy), CharTokenizer([chr(n) for n in range(32, 128)]))
-    convert = [sys.executable, "-m", "mlxgpt.convert_weights"]
+    convert = [sys.executable, "-m", "mlxgpt.convert"]
     for name, options in OURS.items():
         if options:
             _make(directory / name, [*convert, directory / "float32", directory / name, *options])

@@ -3,7 +3,7 @@
 python scripts/convert_weights.py SRC DST [--to mlxgpt|nanogpt|gguf|safetensors]
 """
 
-from mlxgpt import convert_weights
+from mlxgpt import convert as convert_weights
 from mlxgpt.common import cli
 
 if __name__ == "__main__":

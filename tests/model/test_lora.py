@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import convert_weights
+from mlxgpt import convert as convert_weights
 from mlxgpt.common.settings import GPTConfig, TrainConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.data.tokenizer import CharTokenizer
