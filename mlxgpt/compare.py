@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .common import cli
-from .common.settings import GPTConfig, from_dict, settings
+from .common.console import duration_text, say
+from .common.settings import from_dict, read_toml, settings
+from .model.config import GPTConfig
 from .model.gpt import GPT
 from .training import metrics as report
 from .training import plot
@@ -61,7 +63,7 @@ class _Run:
             raise ValueError(f"{metrics}: it holds no loss yet")
         if x != "step" and history.last(x) is None:
             raise ValueError(f"{metrics}: it has no {x} to draw losses over")
-        return cls(history, cli.read_toml(str(toml)) if toml.exists() else {})
+        return cls(history, read_toml(str(toml)) if toml.exists() else {})
 
     def n_params(self) -> int | None:
         shape = {name: value for name, value in self.settings.items() if name in settings(GPTConfig)}
@@ -99,7 +101,7 @@ def table(runs: Mapping[str, _Run]) -> Table:
             *((f"{best[0]:.4f}", str(best[1])) if best else ("", "")),
             f"{speed[0]:,.0f}" if speed else "",
             f"{speed[1]:.1%}" if speed and speed[1] else "",
-            report.duration(history.last("seconds")) if speed else "",
+            duration_text(history.last("seconds")) if speed else "",
         ]
         grid.add_row(Text(name), *row)
     return grid
@@ -138,12 +140,12 @@ def main(args: Sequence[str]) -> None:
     if any(losses for _, losses in curves.values()):
         print(plot.terminal_losses(curves, console, config.x))
     if len(shown) < len(runs):
-        report.say(console, f"the {len(shown)} best of {len(runs)} runs; the picture has all")
+        say(console, f"the {len(shown)} best of {len(runs)} runs; the picture has all")
     console.print(table(runs))
     for name, text in zip(runs, differences([run.settings for run in runs.values()]), strict=True):
         if text:
-            report.say(console, f"{name}: {text}")
-    report.say(console, f"loss curves: {out}")
+            say(console, f"{name}: {text}")
+    say(console, f"loss curves: {out}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -26,10 +29,42 @@ from rich.progress import (
 from rich.table import Table
 
 from .common import cli
-from .common.settings import ConvertConfig
+from .common.settings import require, require_at_least
 from .formats import foreign as convert
 from .formats import gguf_file, safetensors_file
 from .formats import model_directory as checkpoint
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a PyTorch GPT-2 to a model directory, or a model to what other programs read. Runs no pickle code."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """nanoGPT's ckpt.pt or out_dir; a Hugging Face GPT-2 directory, .bin, .pt or .safetensors file; llm.c's .bin; or
+    a model directory"""
+    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """a directory for mlxgpt and nanogpt, else a file; it appears whole or not at all"""
+    to: Literal["mlxgpt", "nanogpt", "gguf", "safetensors"] = "mlxgpt"
+    """mlxgpt: a model directory, which is a Hugging Face GPT-2; nanogpt: its ckpt.pt; gguf: for llama.cpp;
+    safetensors: one file"""
+    dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
+    """of the weights; same as in the source"""
+    block_size: int | None = None
+    """crop to so many positions"""
+    quantize: Literal[0, 4, 8] = 0
+    """bits of the matrices in groups of 64, as mlx_lm reads them; 0 does not quantize"""
+    meta: str = ""
+    """nanoGPT's meta.pkl with the characters; unset, the one beside ckpt.pt"""
+    n_head: int = 0
+    """heads, for a file that doesn't say; 0 supposes head_dim = 64"""
+    force: bool = False
+    """replace a destination that is there"""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "n_head")
+        if self.block_size is not None:
+            require_at_least(1, self, "block_size")
+        require(not self.quantize or self.to == "mlxgpt", "quantize", self.quantize, "0 unless --to mlxgpt")
 
 
 def main(args: Sequence[str]) -> None:

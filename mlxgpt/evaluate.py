@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,14 +18,40 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .common import cli
-from .common.settings import EvaluateConfig
+from .common.console import say
+from .common.settings import require_at_least
 from .cpu import operations as kernels
 from .data import corpus as data
 from .data.tokenizer import Tokenizer
 from .generation.samples import load_named
 from .model import ops
 from .model.gpt import GPT
-from .training import metrics as report
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a model's loss, perplexity and bits per byte on a whole text."""
+
+    model: str
+    """the model directory that training or the converter wrote"""
+    data: str
+    """a text file, a directory, a glob, or a named corpus, as in training: stdlib or shakespeare"""
+    split: Literal["train", "val", "all"] = "all"
+    """the part that training trains on, the one that it validates with, or all of the text"""
+    stride: int | None = None
+    """tokens from one window to the next: the fewer, the more context each token has, and the longer it takes;
+    at most block_size; None is half of it"""
+    batch_size: int = 8
+    """windows computed together"""
+    json: bool = False
+    """print one JSON object"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes the GPU where MLX has one"""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "batch_size")
+        if self.stride is not None:
+            require_at_least(1, self, "stride")
 
 
 @dataclass(frozen=True)
@@ -186,7 +213,7 @@ def main(args: Sequence[str]) -> None:
         f"bits per byte: {record['bits_per_byte']:.4f}",
         f"time: {seconds:.1f} s, {record['tokens_per_s']:,.0f} tokens/s",
     ):
-        report.say(console, line)
+        say(console, line)
 
 
 if __name__ == "__main__":

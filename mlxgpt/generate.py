@@ -11,13 +11,15 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import mlx.core as mx
+import tyro
 
 from .common import cli
-from .common.settings import SampleConfig
+from .common.console import peak_memory
+from .common.settings import require, require_at_least, require_seed
 from .data.tokenizer import Tokenizer
 from .generation.samples import Batch, Piece, Sample, generate, load, load_named, start, stream
 from .generation.sampling import Sampler
@@ -28,6 +30,64 @@ __all__ = ["Piece", "Sample", "generate", "load", "main", "stream"]
 PROG = "mlxgpt.generate"
 
 _imported = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample text from a model directory."""
+
+    model: str
+    """the model directory that training or the converter wrote"""
+    prompt: str = ""
+    """the text to go on from, or - to read it from standard input; empty starts from the end-of-text token, or a
+    line break for characters"""
+    prompts: str = ""
+    """a file of prompts, one a line, or - for standard input"""
+    num_samples: int = 1
+    """how many samples to draw of each prompt"""
+    batch_size: int = 8
+    """prompts of a file that are computed together"""
+    max_new_tokens: int = 500
+    """tokens to generate per sample"""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """a text that ends a sample and is left out of it, with escapes as in \\n and \\t; may be given several times"""
+
+    temperature: float = 0.8
+    """divides the logits; 0 takes the most likely token"""
+    top_k: int = 0
+    """sample among the k most likely tokens; 0 among all"""
+    top_p: float = 1.0
+    """sample among the fewest tokens whose probabilities sum to this"""
+    min_p: float = 0.0
+    """sample among tokens of at least this times the most likely one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1, tokens of the text so far become less likely"""
+    logit_bias: str = ""
+    """ID:BIAS,ID:BIAS: numbers added to the logits of some ids; -inf forbids one"""
+    seed: int = 1337
+    """same seed, same text"""
+
+    on_full: Literal["slide", "stop"] = "slide"
+    """when all of the model's positions are taken: slide drops the oldest half of what it sees and reads the rest
+    again, stop ends the sample"""
+    draft: str = ""
+    """a smaller model directory of the same vocabulary, which proposes tokens that the model checks together"""
+    draft_tokens: int = 4
+    """tokens that the draft proposes at a time"""
+
+    json: bool = False
+    """print one JSON object per sample and line"""
+    logprobs: bool = False
+    """give each token's log-probability by the model, before temperature and the like"""
+    verbose: bool = False
+    """end with times, speed and memory on standard error"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes the GPU where MLX has one"""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "num_samples", "batch_size", "max_new_tokens", "draft_tokens")
+        require(not (self.prompt and self.prompts), "prompts", repr(self.prompts), "none beside a prompt")
+        require_seed(self.seed)
 
 
 def main(args: Sequence[str]) -> None:
@@ -247,10 +307,11 @@ class _Times:
     def show(self) -> None:
         from_start, from_prompt = self._to_first or (float("nan"), float("nan"))
         speed = self._after_first / self._seconds if self._seconds else float("nan")
+        memory = peak_memory() // 10**6
         print(
             f"{PROG}: {self._prompt_tokens} prompt tokens; first token {from_start:.3f} s after the start, "
             f"{from_prompt:.3f} s after the prompt\n"
-            f"{PROG}: {self._tokens} tokens, {speed:.1f} tokens/s after the first; peak memory {_peak_memory():,} MB",
+            f"{PROG}: {self._tokens} tokens, {speed:.1f} tokens/s after the first; peak memory {memory:,} MB",
             file=sys.stderr,
         )
 
@@ -263,15 +324,6 @@ def _process_start() -> float:
             age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
             return time.perf_counter() - age
     return _imported
-
-
-def _peak_memory() -> int:
-    """Most memory that the process has held, in MB: its resident set, and with a GPU what MLX has allocated."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    on_gpu = mx.get_peak_memory() if mx.default_device() == mx.Device(mx.gpu) else 0
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_gpu) // 10**6
 
 
 class _Callable(types.ModuleType):

@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .common import cli
-from .common.settings import PRESETS, GPTConfig, nearest, settings
+from .common.settings import nearest, settings
 from .cpu import operations as kernels
 from .formats import model_directory as checkpoint
 from .model import ops
 from .model.cache import KVCache
+from .model.config import GPTConfig
 from .model.gpt import GPT
+from .training.recipe import PRESETS
 
 STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
 

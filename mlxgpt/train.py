@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from .common import cli
-from .common.settings import TrainConfig, settings
+from .common import cli, disk
+from .common.console import say
+from .common.settings import settings
 from .cpu import operations as kernels
 from .data import corpus as data
 from .data import dataset
 from .data.tokenizer import Tokenizer, decode, kind_of
-from .formats import model_directory as checkpoint
 from .formats import training_state
 from .generation.decoding import Decoder
 from .generation.sampling import Sampler
@@ -32,6 +32,7 @@ from .training import metrics as report
 from .training import origin as start
 from .training.distributed import Group
 from .training.optim import learning_rate
+from .training.recipe import TrainConfig, preset
 from .training.trainer import Batch, Trainer
 
 
@@ -102,7 +103,7 @@ class Run:
         config, shape, writes = self.config, self.config.model, self.group.rank == 0
         after = None if self.is_new else self.first_step
         if writes:
-            checkpoint.write_file(self.out_dir / "settings.toml", _toml(config))
+            disk.write_file(self.out_dir / "settings.toml", _toml(config))
         others = loggers.start(config, self.out_dir, after, _all_settings(config), self._say) if writes else []
         self.metrics = report.Metrics(self.out_dir / "metrics.jsonl" if writes else None, after, others)
         self.checkpoints = training_state.Checkpoints(self.out_dir, config.keep_last) if writes else None
@@ -122,7 +123,7 @@ class Run:
             self._say(f"ranks: {', '.join(self.group.names)}")
 
     def _say(self, text: str, style: str = "") -> None:
-        report.say(self.console, text, style)
+        say(self.console, text, style)
 
     def train(self) -> None:
         """All steps, with an evaluation before the first, every eval_interval and after the last.
@@ -229,7 +230,7 @@ class Run:
                 "skipped_in_row": self.skipped_in_row, **progress.totals(steps),
             },
         )  # fmt: skip
-        checkpoint.sync(self.out_dir / "metrics.jsonl")  # so that a checkpoint never knows more than the metrics
+        disk.sync(self.out_dir / "metrics.jsonl")  # so that a checkpoint never knows more than the metrics
         self.checkpoints.save(self.model, self.tokenizer, state, best)
 
     def _draw(self) -> None:
@@ -356,12 +357,13 @@ def main(args: Sequence[str]) -> None:
     with distributed.start() as group:
         on_gpu = cli.given(TrainConfig, args).get("device") != "cpu" and mx.is_available(mx.gpu)
         begin = start.Begin()
-        default, names = cli.with_defaults(TrainConfig, args, "shakespeare-char" if on_gpu else "cpu", begin.settings)
+        fallback = "shakespeare-char" if on_gpu else "cpu"
+        default, names = cli.with_defaults(TrainConfig, args, preset, fallback, begin.settings)
         config = cli.parse(TrainConfig, args, "mlxgpt.train", default)
         loggers.require(config)
         console = Console(quiet=group.rank > 0)
         if begin.anew:
-            report.say(console, f"{config.resume} has no checkpoint yet: the run begins anew")
+            say(console, f"{config.resume} has no checkpoint yet: the run begins anew")
         Run(config, names | set(cli.given(TrainConfig, args)), begin.start, console, group).train()
 
 

@@ -209,9 +209,9 @@ def build(directory: Path, llama_python: str) -> None:
     arrays would count in the peak memory of the processes that are started from here."""
     import mlx.core as mx
 
-    from mlxgpt.common.settings import GPTConfig
     from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
     from mlxgpt.formats import model_directory as checkpoint
+    from mlxgpt.model.config import GPTConfig
     from mlxgpt.model.gpt import GPT
 
     mx.random.seed(0)

@@ -33,10 +33,11 @@ ADAMW = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
 def ours(shape: dict[str, int]) -> Callable[[np.ndarray, np.ndarray], float]:
     import mlx.core as mx
 
-    from mlxgpt.common.settings import GPTConfig, TrainConfig
     from mlxgpt.model import ops
+    from mlxgpt.model.config import GPTConfig
     from mlxgpt.model.gpt import GPT
     from mlxgpt.training import trainer as training
+    from mlxgpt.training.recipe import TrainConfig
 
     ops.use_device("cpu")
     config = TrainConfig(**ADAMW, warmup_iters=0, decay_lr=False, model=GPTConfig(**shape))
@@ -92,8 +93,8 @@ def flops_per_step(name: str) -> int:
     """Of the matrix products of a forward and a backward pass, the causal half of attention only."""
     import mlx.core as mx
 
-    from mlxgpt.common.settings import GPTConfig
     from mlxgpt.inspect import trace
+    from mlxgpt.model.config import GPTConfig
     from mlxgpt.model.gpt import GPT
 
     shape, batch = SHAPES[name]

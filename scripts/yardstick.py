@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from mlxgpt.common.settings import TrainConfig, from_dict, preset
+from mlxgpt.common.settings import from_dict
 from mlxgpt.data import corpus as data
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.model import ops
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import plot
 from mlxgpt.training.optim import learning_rate
+from mlxgpt.training.recipe import TrainConfig, preset
 from mlxgpt.training.trainer import Batch, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

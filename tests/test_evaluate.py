@@ -18,10 +18,10 @@ import reference
 from mlx.utils import tree_unflatten
 
 from mlxgpt import evaluate
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 T, V = golden.SHAPE["block_size"], golden.SHAPE["vocab_size"]

@@ -15,9 +15,9 @@ import mlx.core as mx
 import pytest
 
 from mlxgpt import generate
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 
@@ -232,7 +232,7 @@ def test_verbose_ends_with_times_on_standard_error(command):
     assert "3 prompt tokens" in first
     assert 0 < prompt < start < 60
     assert float(second.split("20 tokens, ")[1].split(" tokens/s")[0]) > 0
-    assert int(second.split("peak memory ")[1].removesuffix(" MB")) > 20
+    assert int(second.split("peak memory ")[1].removesuffix(" MB").replace(",", "")) > 20
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",), ("--json", "--num_samples", "2")])

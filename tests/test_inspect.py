@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from mlxgpt import inspect
-from mlxgpt.common.settings import GPTConfig, TrainConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.model import ops
 from mlxgpt.model.cache import KVCache
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
+from mlxgpt.training.recipe import TrainConfig
 from mlxgpt.training.trainer import Trainer
 
 
@@ -97,9 +98,11 @@ def test_flops_and_memory_are_those_of_the_shapes(capsys, wide):
 # Steps of training in a process of their own, and how far its memory was above what it was before.
 MEASURE = """
 import mlx.core as mx, numpy as np, sys
-from mlxgpt import ops, training
-from mlxgpt.config import GPTConfig, TrainConfig
-from mlxgpt.model import GPT
+from mlxgpt.model import ops
+from mlxgpt.training import trainer as training
+from mlxgpt.model.config import GPTConfig
+from mlxgpt.training.recipe import TrainConfig
+from mlxgpt.model.gpt import GPT
 
 def bytes_of(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

@@ -8,17 +8,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from .settings import from_dict, nearest, preset, settings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .settings import from_dict, nearest, read_toml, settings
 
 Config = TypeVar("Config")
 
@@ -56,16 +50,20 @@ def given(cls: type, args: Sequence[str]) -> dict[str, str]:
 def with_defaults(
     cls: type[Config],
     args: Sequence[str],
+    presets: Callable[[str], Mapping[str, Any]],
     fallback_preset: str,
     inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
 ) -> tuple[Config, set[str]]:
-    """What the flags are laid over: a preset (--preset), then what `inherited` makes of all that is given, then
-    a TOML file (--config); and the names set there."""
+    """The defaults under the command line's flags, and the names of the settings that are set there.
+
+    They are laid over one another: the preset that --preset names, of which `presets` gives the settings; then what
+    `inherited` returns for all settings given; then a TOML file (--config).
+    """
     flags = given(cls, args)
     file = read_toml(flags["config"]) if flags.get("config") else {}
     under = inherited({**file, **flags})
     name = flags.get("preset") or file.get("preset") or under.get("preset") or fallback_preset
-    values = {**preset(name), **under, **file, "preset": name}
+    values = {**presets(name), **under, **file, "preset": name}
     return from_dict(cls, values, source=flags.get("config") or f"preset {name}"), set(values)
 
 
@@ -104,18 +102,6 @@ def _one_line(box: str) -> str:
     parts = re.split(r"\n[─-]{10,}", "\n".join(rows))
     text = (parts[0] if "╭" in box else parts[1]).split("For full helptext")[0]
     return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
-
-
-def read_toml(path: str) -> dict[str, Any]:
-    """The settings in a TOML file, its tables flattened. FileNotFoundError; ValueError with the file's name."""
-    try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    return {key.replace("-", "_"): value for key, value in flat.items()}
 
 
 def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:

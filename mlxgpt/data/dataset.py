@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.settings import TrainConfig
+from ..training.recipe import TrainConfig
 from . import corpus as data
 from . import shards
 from . import tokenizer as tokenizers

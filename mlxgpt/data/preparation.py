@@ -21,9 +21,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -37,10 +39,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..common import cli
-from ..common.settings import PrepareConfig
+from ..common import cli, disk
+from ..common.console import say
+from ..common.settings import require, require_at_least
 from ..formats import model_directory as checkpoint
-from ..training import metrics as report
 from . import pieces as text_pieces
 from . import shards, tokenizer
 from .pieces import Input, Piece
@@ -50,6 +52,38 @@ from .tokenizer import Tokenizer
 COMMIT_SECONDS = 1.0  # at most so much is done again after a crash
 Result = TypeVar("Result")
 Place = tuple[int, int]  # where in the input: a file's number, and where in it
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Tokenize text into shards to train on. Killed at any moment, the same command goes on where it was."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")] = ()
+    """text files, .jsonl, .jsonl.gz and .parquet files, directories or globs of them"""
+    out: str = ""
+    """the directory to write: shards, manifest and tokenizer"""
+    tokenizer: str = "gpt2"
+    """gpt2; char, for the characters that occur; or a model directory, for its tokenizer"""
+    val_fraction: float = 0.005
+    """of the documents, chosen by their places in the input, that validate; of a single text it is the end"""
+    field: str = "text"
+    """the field of a JSONL line, or the column of a parquet file, that is the document"""
+    shard_tokens: int = 100_000_000
+    """tokens in a shard"""
+    workers: int | None = None
+    """processes that tokenize; None is one for each processor"""
+    verify: str = ""
+    """a prepared directory to check, shards' checksums and all, in place of preparing one"""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "shard_tokens")
+        require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "0 < val_fraction < 1")
+        if self.workers is not None:
+            require_at_least(1, self, "workers")
+        require(not (self.verify and self.inputs), "verify", repr(self.verify), "no inputs beside it")
+        if not self.verify:
+            require(bool(self.inputs), "inputs", "empty", "at least one file, directory or glob")
+            require(bool(self.out), "out", "empty", "the directory to write")
 
 
 def main(args: Sequence[str]) -> None:
@@ -64,7 +98,7 @@ def main(args: Sequence[str]) -> None:
     with _locked(out):
         speed = Preparation(config, out, inputs, console).run()
     if left_out:
-        report.say(console, f"left out: {left_out} files that are empty or no UTF-8 text")
+        say(console, f"left out: {left_out} files that are empty or no UTF-8 text")
     _summary(shards.open_prepared(out), console, speed)
 
 
@@ -124,7 +158,7 @@ class Preparation:
             reason = "a worker process was killed, perhaps for lack of memory"
             raise ChildProcessError(f"{reason}; the same command goes on from {self._percent()} %") from None
         except KeyboardInterrupt:
-            report.say(self.console, f"stopped; the same command goes on from {self._percent()} %")
+            say(self.console, f"stopped; the same command goes on from {self._percent()} %")
             raise
         progress = self.progress
         speed = progress["text_bytes"] / 1e6 / max(progress["seconds"], 1e-9)
@@ -145,7 +179,7 @@ class Preparation:
         config, progress, out = self.config, self.progress, self.out
         if not progress["tokenizer"]:
             for name, content in text.files().items():
-                checkpoint.write_file(out / name, content)
+                disk.write_file(out / name, content)
             progress["tokenizer"] = _checksums(text)
             self._save()
         dtype = shards.dtype_of(text.vocab_size)
@@ -330,7 +364,7 @@ def _require_same(begun: Mapping[str, Any], now: Mapping[str, Any], out: Path) -
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    checkpoint.write_file(file, (json.dumps(content, indent=1) + "\n").encode())
+    disk.write_file(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 # ---- what is shown ----

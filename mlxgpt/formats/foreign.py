@@ -24,9 +24,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.settings import GPTConfig, from_dict
+from ..common import disk
+from ..common.settings import from_dict
 from ..data import tokenizer
 from ..model import lora
+from ..model.config import GPTConfig
 from ..model.gpt import GPT, Linear
 from . import gguf_file, safetensors_file, torch_file, training_state
 from . import model_directory as checkpoint
@@ -716,7 +718,7 @@ def write_directory(directory: Path, model: Checkpoint, bits: int, done: Callabl
     if model.training:
         files[training_state.TRAINING] = training_state.training_json(**model.training)
     for name, content in files.items():
-        checkpoint.write_file(directory / name, content)
+        disk.write_file(directory / name, content)
     tensors = quantized_tensors(model, bits) if bits else hugging_face_tensors(model)
     safetensors_file.write(directory / checkpoint.WEIGHTS, tensors, done)
     if model.averages:
@@ -732,7 +734,7 @@ def write_nanogpt(directory: Path, model: Checkpoint, done: Callable[[int], None
     if isinstance(text, tokenizer.CharTokenizer):
         numbered = dict(enumerate(text.characters))
         meta = {"vocab_size": text.vocab_size, "itos": numbered, "stoi": {c: i for i, c in numbered.items()}}
-        checkpoint.write_file(directory / "meta.pkl", pickle.dumps(meta, protocol=2))
+        disk.write_file(directory / "meta.pkl", pickle.dumps(meta, protocol=2))
 
 
 def _watched(content: Any, done: Callable[[int], None]) -> Any:

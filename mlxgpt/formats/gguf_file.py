@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..common.settings import GPTConfig
 from ..data.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, byte_of_character
+from ..model.config import GPTConfig
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

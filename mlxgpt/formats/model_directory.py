@@ -30,10 +30,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..common.settings import GPTConfig, from_dict
+from ..common import disk
+from ..common.settings import from_dict
 from ..cpu import operations as kernels
 from ..data.tokenizer import Tokenizer
 from ..model import lora
+from ..model.config import GPTConfig
 from ..model.gpt import GPT
 from . import safetensors_file
 from .safetensors_file import Tensor
@@ -52,54 +54,21 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) 
     try:
         temporary.mkdir(parents=True)
         for name, content in small_files(model, tokenizer).items():
-            write_file(temporary / name, content)
+            disk.write_file(temporary / name, content)
         name, tensors = weights_file(model)
         safetensors_file.write(temporary / name, tensors)
-        sync(temporary / name)
-        put(temporary, directory)
+        disk.sync(temporary / name)
+        disk.replace(temporary, directory)
     except OSError as error:
         raise OSError(f"{directory}: the model can't be written: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def put(directory: Path, destination: Path) -> None:
-    """Renames a directory, over one that is there."""
-    if not destination.exists():
-        os.rename(directory, destination)
-        return
-    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")  # one that isn't empty can't be replaced
-    os.rename(destination, old)
-    os.rename(directory, destination)
-    shutil.rmtree(old)
-
-
 def small_files(model: GPT, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """What a model directory holds beside the weights."""
     config = config_json(model.config, tokenizer)
     return {"config.json": config, **(tokenizer.files() if tokenizer else {}), **lora.files(model)}
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """A small file, whole and on the disk, in place of one that is there. OSError leaves that as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Puts a file's content, or a directory's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_model(path: Path, setting: str = "model") -> Path:
@@ -110,15 +79,10 @@ def find_model(path: Path, setting: str = "model") -> Path:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{setting}: there is no directory {path}")
-    for directory in map(followed, (path, path / "best", path / "last")):
+    for directory in map(disk.follow, (path, path / "best", path / "last")):
         if (directory / "config.json").exists():
             return directory
     raise FileNotFoundError(f"{setting}: {path} is not a model directory: it has no config.json")
-
-
-def followed(link: Path) -> Path:
-    """What a link names now, since a run that goes on turns its links between one read and the next."""
-    return link.parent / os.readlink(link) if link.is_symlink() else link
 
 
 def load_config(directory: Path) -> GPTConfig:

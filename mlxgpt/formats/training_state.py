@@ -31,15 +31,16 @@ from typing import Any
 
 import numpy as np
 
-from ..common.settings import TrainConfig, from_dict
+from ..common import disk
+from ..common.settings import from_dict
 from ..cpu import operations as kernels
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.gpt import GPT
 from ..training.optim import AdamW
+from ..training.recipe import TrainConfig
 from . import model_directory as checkpoint
 from . import safetensors_file
-from .model_directory import followed
 from .safetensors_file import Tensor
 
 OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
@@ -178,7 +179,7 @@ class Checkpoints:
                 _turn(self.run, link, directory)
             _prune(self.run, step, self.keep_last)
         except OSError as error:
-            last = followed(self.run / LAST)
+            last = disk.follow(self.run / LAST)
             kept = f"{last} is kept" if last.is_dir() else "there is no earlier one"
             reason = error.strerror or error
             self._failure = OSError(f"{directory}: the checkpoint can't be written: {reason}; {kept}")
@@ -197,9 +198,9 @@ def find(path: Path) -> tuple[Path, list[str]]:
     than this version.
     """
     run = path.parent if path.name == LAST and path.is_symlink() else path
-    is_run = (run / CHECKPOINTS).is_dir() or followed(run / LAST).is_dir()
+    is_run = (run / CHECKPOINTS).is_dir() or disk.follow(run / LAST).is_dir()
     damaged: dict[Path, str] = {}
-    for directory in filter(_has_training_state, _newest_first(run) if is_run else [followed(path)]):
+    for directory in filter(_has_training_state, _newest_first(run) if is_run else [disk.follow(path)]):
         if (damage := find_damage(directory)) is None:
             load_training_record(directory)
             return directory, [f"{passed} is passed over: {what}" for passed, what in damaged.items()]
@@ -333,16 +334,16 @@ def _write(directory: Path, small: Mapping[str, bytes], lent: _Lent) -> None:
     try:
         digests = {name: hashlib.sha256(content) for name, content in small.items()}
         for name, content in small.items():
-            checkpoint.write_file(temporary / name, content)
+            disk.write_file(temporary / name, content)
         for name, tensors in lent.files.items():
             digests[name] = hashlib.sha256()
             safetensors_file.write(temporary / name, tensors, lent.written, digests[name])
         for name in lent.files:  # which takes longer than all before, and no array any more
-            checkpoint.sync(temporary / name)
-        checkpoint.write_file(temporary / SUMS, _sums({name: digest.hexdigest() for name, digest in digests.items()}))
-        checkpoint.sync(temporary)
-        checkpoint.put(temporary, directory)
-        checkpoint.sync(directory.parent)
+            disk.sync(temporary / name)
+        disk.write_file(temporary / SUMS, _sums({name: digest.hexdigest() for name, digest in digests.items()}))
+        disk.sync(temporary)
+        disk.replace(temporary, directory)
+        disk.sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -354,7 +355,7 @@ def _turn(run: Path, link: str, directory: Path) -> None:
     if (run / link).is_dir() and not (run / link).is_symlink():  # an earlier version's, which a link can't replace
         os.rename(run / link, old)
     os.replace(temporary, run / link)
-    checkpoint.sync(run)
+    disk.sync(run)
     _remove(old)
 
 
@@ -362,7 +363,7 @@ def _prune(run: Path, step: int, keep_last: int) -> None:
     """After a checkpoint at `step` leaves the newest of them and the best. Later ones are of a run that was gone back
     from. The best, if it is not among the newest, is kept as a model to sample from."""
     directories = _by_step(run)
-    best, newest = followed(run / BEST), sorted(n for n in directories if n <= step)[-keep_last:]
+    best, newest = disk.follow(run / BEST), sorted(n for n in directories if n <= step)[-keep_last:]
     for n, directory in directories.items():
         if n not in newest:
             _drop_training_state(directory) if directory == best else _remove(directory)
@@ -374,8 +375,8 @@ def _drop_training_state(directory: Path) -> None:
         if sums := _read_sums(directory):
             rest = {name: digest for name, digest in sums.items() if name not in (TRAINING, OPTIMIZER)}
             if rest != sums:
-                checkpoint.write_file(directory / SUMS, _sums(rest))
-                checkpoint.sync(directory)
+                disk.write_file(directory / SUMS, _sums(rest))
+                disk.sync(directory)
         for name in (TRAINING, OPTIMIZER):
             (directory / name).unlink(missing_ok=True)
 
@@ -386,8 +387,8 @@ def _adopt_last(run: Path) -> None:
     if not last.is_symlink() and (last / TRAINING).exists():
         directory = run / CHECKPOINTS / _name(load_training_record(last)["step"])
         directory.parent.mkdir(exist_ok=True)
-        checkpoint.put(last, directory)
-        checkpoint.sync(directory.parent)
+        disk.replace(last, directory)
+        disk.sync(directory.parent)
         _turn(run, LAST, directory)
 
 
@@ -433,7 +434,7 @@ def _by_step(run: Path) -> dict[int, Path]:
 def _newest_first(run: Path) -> list[Path]:
     """A run's checkpoints from `last` on backwards, and after them those later than it, which are of a run that was
     gone back from."""
-    by_step, last = _by_step(run), followed(run / LAST)
+    by_step, last = _by_step(run), disk.follow(run / LAST)
     newest = _step(last)
     order = sorted(by_step, key=lambda step: (newest is not None and step > newest, -step))
     directories = [by_step[step] for step in order]

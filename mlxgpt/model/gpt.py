@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..common.settings import GPTConfig, nearest
+from ..common.settings import nearest
 from . import ops
 from .cache import KVCache
+from .config import GPTConfig
 
 
 class Weight(nn.Module):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..common.settings import GPTConfig
 from ..cpu import operations as kernels
 from ..model import ops
+from ..model.config import GPTConfig
 
 
 def peak_flops(dtype: str) -> float:
@@ -76,15 +73,3 @@ def training_flops(config: GPTConfig) -> int:
     matrices = config.n_layer * 12 * C * C + config.vocab_size * C  # c_attn 3, c_proj 1, the MLP 8; the head
     attention = config.n_layer * 2 * C * (T + 1)  # q k^T and the weights times v: 2 * 2 C (T + 1) / 2
     return 3 * (2 * matrices + attention)
-
-
-def peak_memory() -> int:
-    """Bytes held at most so far: on a GPU by MLX, on a CPU by the process."""
-    if mx.default_device().type == mx.gpu:
-        return mx.get_peak_memory()
-    try:  # ru_maxrss begins with what the process was started from
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

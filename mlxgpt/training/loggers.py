@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..common.settings import TrainConfig
-from ..formats.model_directory import write_file
+from ..common.disk import write_file
 from .metrics import METRICS, History, Logger
+from .recipe import TrainConfig
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"  # in the run's directory
 

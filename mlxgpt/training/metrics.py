@@ -16,8 +16,8 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from ..formats.model_directory import write_file
-from . import device
+from ..common import console
+from ..common.disk import write_file
 
 METRICS = "metrics.jsonl"  # in the run's directory
 
@@ -178,18 +178,18 @@ class Progress:
     """The progress line of a run: a live one on a terminal, elsewhere a line per log."""
 
     def __init__(
-        self, console: Console, done: int, max_iters: int, tokens_per_step: int, *, eval_interval: int,
+        self, terminal: Console, done: int, max_iters: int, tokens_per_step: int, *, eval_interval: int,
         flops_per_token: float = 0.0, peak_flops: float = 0.0, tokens: int = 0, seconds: float = 0.0,
     ) -> None:  # fmt: skip
         """`done` steps, with `tokens` and `seconds`, came before; without peak_flops there is no MFU.
 
         tokens_per_step and peak_flops are those of all devices that take part.
         """
-        self._console, self._max_iters, self._eval_interval = console, max_iters, eval_interval
+        self._console, self._max_iters, self._eval_interval = terminal, max_iters, eval_interval
         self._tokens_per_step = tokens_per_step
         self._mfu_of_speed = flops_per_token / peak_flops if peak_flops else None
         columns = TextColumn("step"), MofNCompleteColumn(), TextColumn("{task.description}"), BarColumn(bar_width=12)
-        self._bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = rich.progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal)
         self._task = self._bar.add_task("", total=max_iters, completed=done)
         self._tokens, self._seconds = tokens, seconds  # of training until the last log
         self._since, self._since_step = time.perf_counter(), done  # of the last log; a pause moves the clock on
@@ -221,15 +221,15 @@ class Progress:
         self._tokens, self._seconds = totals["tokens"], totals["seconds"]
         self._since, self._since_step = time.perf_counter(), step
         mfu = {} if self._mfu_of_speed is None else {"mfu": speed * self._mfu_of_speed}
-        values = {"tokens_per_s": speed, **mfu, "memory": device.peak_memory(), **totals}
+        values = {"tokens_per_s": speed, **mfu, "memory": console.peak_memory(), **totals}
         share = f"MFU {mfu['mfu']:.0%}  " if mfu else ""
         text = (
-            f"loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {share}{memory_text(values['memory'])}  "
-            f"ETA {duration(self._left(step))}"
+            f"loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {share}{console.size_text(values['memory'])}  "
+            f"ETA {console.duration_text(self._left(step))}"
         )
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal:
-            say(self._console, f"step {step}/{self._max_iters}  {text}")
+            console.say(self._console, f"step {step}/{self._max_iters}  {text}")
         self._logs += 1
         if self._logs == 1:  # the first steps start threads, or compile
             self._timed_from = step, self._seconds
@@ -260,10 +260,10 @@ def summary(history: History, step: int, max_iters: int, out_dir: Path) -> str:
     lines = [head]
     if speed := history.speed():
         share = f", MFU {speed[1]:.1%}" if speed[1] else ""
-        took = duration(history.last("seconds"))
+        took = console.duration_text(history.last("seconds"))
         lines.append(f"trained: {history.last('tokens'):,} tokens in {took}, {speed[0]:,.0f} tokens/s{share}")
     if memory:
-        lines.append(f"memory: {memory_text(memory)} at most")
+        lines.append(f"memory: {console.size_text(memory)} at most")
     if events := [f"{what} {len(found)}" for name, what in _EVENTS.items() if (found := history.events(name))]:
         lines.append(f"events: {', '.join(events)}")
     lines += [
@@ -275,19 +275,3 @@ def summary(history: History, step: int, max_iters: int, out_dir: Path) -> str:
 
 
 _EVENTS = {"skipped": "skipped steps", "spike": "spikes of the loss"}
-
-
-def memory_text(n: float) -> str:
-    """Bytes for a person."""
-    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def say(console: Console, text: str, style: str = "") -> None:
-    """Prints a line as it is, without rich's markup."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

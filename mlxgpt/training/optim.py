@@ -11,8 +11,8 @@ import mlx.optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce
 
-from ..common.settings import TrainConfig
 from ..cpu import operations as kernels
+from .recipe import TrainConfig
 
 
 class AdamW(mlx.optimizers.Adam):

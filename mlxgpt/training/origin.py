@@ -12,14 +12,16 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..common import cli
-from ..common.settings import GPTConfig, TrainConfig
+from ..common.settings import read_toml
 from ..data import tokenizer
 from ..data.dataset import Dataset
 from ..formats import foreign as convert
 from ..formats import model_directory as checkpoint
 from ..formats import training_state
 from ..model import lora
+from ..model.config import GPTConfig
 from ..model.gpt import GPT
+from .recipe import TrainConfig
 
 # Without these a run that goes on would not be the same run.
 _FIXED = ("seed", "freeze", "lora_rank", "lora_alpha", "lora_targets")
@@ -158,7 +160,7 @@ class Begin:
             path = Path(str(given["resume"])).expanduser()
             if _without_checkpoint(path):
                 self.anew = True
-                again = cli.read_toml(str(path / "settings.toml")) | {"out_dir": str(path), "overwrite": True}
+                again = read_toml(str(path / "settings.toml")) | {"out_dir": str(path), "overwrite": True}
                 return {**self.settings(again), **again}
             path, damaged = training_state.find(path)
             record = training_state.load_training_record(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..formats.model_directory import write_file
+from ..common.disk import write_file
 from .metrics import History
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white swallows.

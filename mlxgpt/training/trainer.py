@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from ..common.settings import TrainConfig
 from ..cpu import operations as kernels
 from ..model.gpt import GPT
 from .distributed import Group
 from .optim import AdamW, learning_rate
+from .recipe import TrainConfig
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
 

@@ -8,11 +8,14 @@ import sys
 import pytest
 
 from mlxgpt.common import cli
-from mlxgpt.common.settings import PRESETS, GPTConfig, SampleConfig, TrainConfig, from_dict, preset, settings
+from mlxgpt.common.settings import from_dict, settings
+from mlxgpt.generate import SampleConfig
+from mlxgpt.model.config import GPTConfig
+from mlxgpt.training.recipe import PRESETS, TrainConfig, preset
 
 
 def parse(*args: str) -> TrainConfig:
-    default, _ = cli.with_defaults(TrainConfig, args, "cpu")
+    default, _ = cli.with_defaults(TrainConfig, args, preset, "cpu")
     return cli.parse(TrainConfig, args, "mlxgpt.train", default)
 
 

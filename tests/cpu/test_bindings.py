@@ -35,8 +35,11 @@ def test_every_kernel_on_each_isa(isa, run_python):
     assert probe.stdout.strip() == isa, probe.stderr
     if isa == _core.isa():
         return  # the other tests are this run
-    names = "attention", "kernels", "gradients", "vector_math", "ops", "model"
-    files = [f"test_{name}.py" for name in names]
+    names = (
+        "cpu/test_attention", "cpu/test_kernels", "cpu/test_gradients", "cpu/test_vector_math", "model/test_ops",
+        "model/test_model", "training/test_optim", "training/test_training", "generation/test_decoding",
+    )  # fmt: skip
+    files = [f"{name}.py" for name in names]
     tests = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, MLXGPT_ISA=isa)
     assert tests.returncode == 0, tests.stdout + tests.stderr
 

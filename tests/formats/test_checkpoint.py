@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.data import tokenizer
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)

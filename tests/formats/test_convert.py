@@ -18,14 +18,15 @@ from golden import GOLDEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxgpt.common.settings import GPTConfig, TrainConfig
 from mlxgpt.data import tokenizer
 from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import safetensors_file, torch_file, training_state
 from mlxgpt.formats.torch_file import Tensor
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
+from mlxgpt.training.recipe import TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_weights.py"
 SHAPE = GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=3, n_embd=12)

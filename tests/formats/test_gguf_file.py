@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer, decode
 from mlxgpt.formats import gguf_file
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.generation.sampling import Sampler
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 gguf = pytest.importorskip("gguf")

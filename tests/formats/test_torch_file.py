@@ -679,7 +679,7 @@ def test_other_files(path):
 CLAIMS = """
 import resource, sys
 from pathlib import Path
-from mlxgpt.torch_file import read
+from mlxgpt.formats.torch_file import read
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20),) * 2)
 for path in sys.argv[1:]:

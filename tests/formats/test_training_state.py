@@ -22,15 +22,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxgpt.common.settings import GPTConfig, TrainConfig
+from mlxgpt.common import disk
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import safetensors_file, training_state
 from mlxgpt.formats.training_state import Checkpoints, TrainingState
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
 from mlxgpt.training.optim import AdamW
+from mlxgpt.training.recipe import TrainConfig
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 CHARS = CharTokenizer("abcdefghijk")
@@ -234,11 +236,13 @@ def test_a_newer_version_s_checkpoint_is_refused_and_not_passed_over(run):
 SAVER = """
 import os, sys
 from pathlib import Path
-from mlxgpt.config import GPTConfig, TrainConfig
+from mlxgpt.model.config import GPTConfig
+from mlxgpt.training.recipe import TrainConfig
 import mlx.core as mx
-from mlxgpt import ops, training_state
-from mlxgpt.model import GPT
-from mlxgpt.optim import AdamW
+from mlxgpt.model import ops
+from mlxgpt.formats import training_state
+from mlxgpt.model.gpt import GPT
+from mlxgpt.training.optim import AdamW
 from mlx.utils import tree_map
 
 def save(run, first):
@@ -302,7 +306,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
             assert latest <= step
             latest = step
             best = checkpoint.find_model(tmp_path)
-            assert best == checkpoint.followed(tmp_path / "best")
+            assert best == disk.follow(tmp_path / "best")
             assert training_state.find_damage(best) is None
             assert (tmp_path / "last").resolve() == directory.resolve()
         zygote.stdin.close()

@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.generation.sampling import Sampler
 from mlxgpt.model import ops
 from mlxgpt.model.cache import KVCache
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 T, V = 24, 50

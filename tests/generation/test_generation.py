@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import mlxgpt
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.generation.samples import Piece, Sample
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 

@@ -12,7 +12,6 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxgpt import convert as convert_weights
-from mlxgpt.common.settings import GPTConfig, TrainConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.formats import foreign as convert
@@ -21,7 +20,9 @@ from mlxgpt.formats import training_state
 from mlxgpt.generation import sampling
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.model import lora, ops
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
+from mlxgpt.training.recipe import TrainConfig
 from mlxgpt.training.trainer import Trainer
 
 SHAPE = GPTConfig(block_size=16, vocab_size=30, n_layer=2, n_head=2, n_embd=32)

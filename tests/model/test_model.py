@@ -9,8 +9,8 @@ import pytest
 import reference
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.model.cache import KVCache
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 VARIANTS = golden.VARIANTS

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxgpt.common.settings import GPTConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.model import ops
 from mlxgpt.model.cache import KVCache
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
 pytest.importorskip("mlxgpt._core")

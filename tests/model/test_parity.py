@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
 
-from mlxgpt.common.settings import GPTConfig, TrainConfig
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import training_state
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
 from mlxgpt.training.optim import learning_rate
+from mlxgpt.training.recipe import TrainConfig
 
 torch = pytest.importorskip("torch")
 torch_gpt = pytest.importorskip("torch_gpt")

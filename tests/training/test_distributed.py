@@ -126,9 +126,11 @@ def test_the_launchers_variables_say_the_backend(tmp_path):
 GROUP_SCRIPT = """
 import json, zlib
 import mlx.core as mx, numpy as np
-from mlxgpt import distributed, kernels, training
-from mlxgpt.config import GPTConfig, TrainConfig
-from mlxgpt.model import GPT
+from mlxgpt.training import distributed, trainer as training
+from mlxgpt.cpu import operations as kernels
+from mlxgpt.model.config import GPTConfig
+from mlxgpt.training.recipe import TrainConfig
+from mlxgpt.model.gpt import GPT
 
 def run(group, batch_size, micro_batches, in_place):
     if not in_place:
@@ -249,7 +251,7 @@ def test_ranks_that_differ_are_one_line_and_write_nothing(theirs, message):
 LOOP_SCRIPT = """
 import sys
 import mlx.core as mx
-from mlxgpt import distributed, watch
+from mlxgpt.training import distributed, watch
 watch.SILENCE = float(sys.argv[1])
 with distributed.start() as group:
     group.on_death(lambda: open(f"farewell{group.rank}", "w").close())

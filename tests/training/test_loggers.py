@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxgpt.common.settings import TrainConfig
 from mlxgpt.training import loggers
 from mlxgpt.training.metrics import Metrics
+from mlxgpt.training.recipe import TrainConfig
 
 
 def a_run(path: Path, config: TrainConfig, after: int | None, steps: range, said: list[str]) -> None:

@@ -109,7 +109,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
-    monkeypatch.setattr(report.device, "peak_memory", lambda: 91_000_000)
+    monkeypatch.setattr(report.console, "peak_memory", lambda: 91_000_000)
     return clock
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxgpt.common.settings import GPTConfig, TrainConfig
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.model import ops
+from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
 from mlxgpt.training.distributed import Group
 from mlxgpt.training.optim import AdamW, clip_grad_norm, learning_rate
+from mlxgpt.training.recipe import TrainConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=32)
 

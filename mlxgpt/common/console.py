@@ -1,0 +1,85 @@
+"""What the program says to a person: lines, sizes, durations, progress bars, and the memory that was used at most."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Prints a line as it is, without rich's markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def size_text(n_bytes: float) -> str:
+    """A number of bytes for a person: 652 MB, 1.2 GB."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.0f} MB"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for a person: h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def peak_memory() -> int:
+    """The most bytes held at one time so far: on a GPU by MLX, on a CPU by the process."""
+    if mx.default_device().type == mx.gpu:
+        return mx.get_peak_memory()
+    try:  # Linux's ru_maxrss starts with the memory of the parent process
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Advance(Protocol):
+    def __call__(self, amount: int, title: str | None = None) -> None:
+        """Moves a progress bar on by an amount, and gives it another title."""
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, done: int = 0, in_bytes: bool = False) -> Iterator[Advance]:
+    """A bar on standard error while that is a terminal, which disappears when it is done; elsewhere nothing.
+
+    total and done, what is done before the bar begins, are in units of their own, or in bytes.
+    """
+    if not sys.stderr.isatty():
+        yield lambda amount, title=None: None
+        return
+    # imported here because process to first token counts
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
+    if in_bytes:
+        columns += [DownloadColumn(), TransferSpeedColumn()]
+    columns.append(TimeRemainingColumn())
+    # standard output is not rich's to redirect: it may be a file
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
+    with bar:
+        task = bar.add_task(title, total=total, completed=done)
+
+        def advance(amount: int, title: str | None = None) -> None:
+            bar.update(task, advance=amount, description=title)
+
+        yield advance

@@ -1,0 +1,107 @@
+"""Files that are on the disk whole or not at all, checksums, and JSON that may hold anything."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 24  # bytes read at a time for a checksum
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file in place of one that is there. OSError leaves the old one as it was."""
+    with appearing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, to be written as a file or a directory of files.
+
+    When the block ends it is synced to the disk and takes the place of what is at `path`; when the block raises it is
+    removed, and what was at `path` stays. OSError when the disk is full or can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for file in temporary.iterdir():
+                sync(file)
+        sync(temporary)
+        replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def replace(path: Path, destination: Path) -> None:
+    """Renames a file or directory to `destination`, in place of what is there. OSError leaves that as it was."""
+    if not destination.is_dir() or destination.is_symlink():
+        os.rename(path, destination)
+        return
+    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")  # only an empty directory can be replaced
+    os.rename(destination, old)
+    try:
+        os.rename(path, destination)
+    except OSError:
+        os.rename(old, destination)
+        raise
+    shutil.rmtree(old)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Makes the disk hold a file's content, or a directory's names. OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def follow(link: Path) -> Path:
+    """What a symbolic link names at this moment, and any other path itself.
+
+    A run that is being trained moves its links: whoever reads several files of a checkpoint follows the link once.
+    """
+    return link.parent / os.readlink(link) if link.is_symlink() else link
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits. OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path, most: int = 200_000_000) -> dict[str, Any]:
+    """The JSON object in a file. FileNotFoundError; ValueError, naming the file, for anything else in it, and for a
+    file of more than `most` bytes."""
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path}: {size} bytes, expected at most {most}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: it holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def json_bytes(content: Any, indent: int = 2) -> bytes:
+    """A JSON file's content. ValueError for a number that is not finite, which JSON does not have."""
+    return (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode()
