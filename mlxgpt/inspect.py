@@ -22,7 +22,7 @@ from rich.table import Table
 
 from .common import cli
 from .common.settings import nearest, settings
-from .cpu import operations as kernels
+from .cpu import extension
 from .formats import model_directory as checkpoint
 from .model import ops
 from .model.cache import KVCache
@@ -97,7 +97,7 @@ def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]
         return record
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(kernels, "_core", None))  # the plain MLX expressions are lazy
+        stack.enter_context(extension.switched_off())  # the plain MLX expressions are lazy
         for op in ("embedding", "layer_norm", "linear", "gelu", "attention", "cross_entropy"):
             stack.enter_context(patch.object(ops, op, recorder(op, getattr(ops, op))))
         if cache is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from mlxgpt.cpu import extension
 from mlxgpt.model import ops
 
 
@@ -29,3 +31,10 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=text, timeout=600)
 
     return run
+
+
+@pytest.fixture
+def switch_off_kernels() -> Iterator[Callable[[], None]]:
+    """Called, it makes the rest of the test compute by MLX's own operations."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(extension.switched_off())

@@ -44,9 +44,9 @@ def model() -> GPT:
 
 
 @pytest.fixture(params=["kernels", "mlx"])
-def backend(request, monkeypatch):
+def backend(request, switch_off_kernels):
     if request.param == "mlx":
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
     elif not kernels.available():
         pytest.skip("without the extension, or on a GPU")
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mlxgpt import inspect
-from mlxgpt.cpu import operations as kernels
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.model import ops
 from mlxgpt.model.cache import KVCache
@@ -134,9 +133,9 @@ def test_training_on_the_kernels_takes_the_memory_that_is_said(run_python, grad_
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_training_by_mlx_takes_the_memory_that_is_said(monkeypatch, grad_checkpoint):
+def test_training_by_mlx_takes_the_memory_that_is_said(switch_off_kernels, grad_checkpoint):
     ops.use_device("cpu")
-    monkeypatch.setattr(kernels, "_core", None)
+    switch_off_kernels()
     config = GPTConfig(block_size=64, vocab_size=96, n_layer=4, n_head=2, n_embd=64)
     gc.collect()
     mx.synchronize()

@@ -49,7 +49,7 @@ def test_version_is_the_installed_ones():
 
 def test_running_from_a_checkout_finds_the_installed_extension(tmp_path):
     pytest.importorskip("mlxgpt._core")
-    check = "import sys; sys.path.insert(0, ''); import mlxgpt.cpu.operations as o; print(o._core is not None)"
+    check = "import sys; sys.path.insert(0, ''); import mlxgpt.cpu.extension as e; print(e.is_there())"
     for folder in (ROOT, tmp_path):
         result = subprocess.run([sys.executable, "-c", check], cwd=folder, capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "True"
@@ -59,7 +59,7 @@ def test_running_from_a_checkout_finds_the_installed_extension(tmp_path):
 def test_kernels_can_be_switched_off(value, used, monkeypatch):
     pytest.importorskip("mlxgpt._core")
     monkeypatch.setenv("MLXGPT_KERNELS", value)
-    check = "import mlxgpt.cpu.operations as o; print(o._core is not None)"
+    check = "import mlxgpt.cpu.extension as e; print(e.is_there())"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == used
 

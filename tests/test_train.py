@@ -15,7 +15,6 @@ import pytest
 
 from mlxgpt import train
 from mlxgpt.common import cli
-from mlxgpt.cpu import operations as kernels
 from mlxgpt.data import preparation as prepare_text
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import safetensors_file, training_state
@@ -188,9 +187,11 @@ def half(corpus, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kernels_there", [True, False])
-def test_a_run_that_is_resumed_is_the_run_that_was_not(corpus, half, tmp_path, monkeypatch, kernels_there):
+def test_a_run_that_is_resumed_is_the_run_that_was_not(
+    corpus, half, tmp_path, monkeypatch, switch_off_kernels, kernels_there
+):
     if not kernels_there:
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
     flags = [*TINY_FLAGS, "--learning_rate", "0.01", "--warmup_iters", "2", "--gradient_accumulation_steps", "2"]
     flags += ["--dropout", "0.1"]
     main("--data", str(corpus), "--out_dir", "whole", *flags, "--max_iters", "12")

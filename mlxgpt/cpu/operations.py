@@ -3,21 +3,16 @@
 A model's method marked `entry` runs on NumPy arrays here. Each operation calls its kernel at once, and notes on
 a tape how gradients flow back; to MLX the whole method is one function with a gradient of its own. Between two
 kernels there is no graph to build, no thread to wake (120 us for each evaluation in MLX), and no fresh memory to
-fault in. The only importer of _core.
+fault in.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -25,41 +20,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-_core: Any = None
-if os.environ.get("MLXGPT_KERNELS") != "0" and find_spec("mlxgpt._core"):
-    try:
-        _core = import_module("mlxgpt._core")
-    except ImportError:
-        # The extension looks for its BLAS beside itself; where packages are installed in several places
-        # it may lie elsewhere, and is found when it is loaded already.
-        blas = find_spec("scipy_openblas32")
-        if blas is None or not blas.submodule_search_locations:
-            raise
-        for library in Path(blas.submodule_search_locations[0], "lib").glob("libscipy_openblas.*"):
-            ctypes.CDLL(str(library))
-        _core = import_module("mlxgpt._core")
+from . import extension
+from .extension import available
 
-
-_STORED = {mx.float32, mx.float16, mx.bfloat16, mx.uint32}  # types of weights that kernels read; uint32: quantized
-
-
-def available(dtype: mx.Dtype = mx.float32) -> bool:
-    """Whether a model of this type is trained on the kernels: float32, on the CPU, with the extension there."""
-    return dtype == mx.float32 and _on_cpu()
+_core = extension.core
 
 
 def reads(bits: int) -> bool:
-    """Whether weights quantized to so many bits are computed with as they are, by the kernels or by MLX on a GPU."""
-    return bits in (4, 8) if _on_cpu() else bits > 0
-
-
-def _on_cpu() -> bool:
-    return _core is not None and mx.default_device().type == mx.cpu
+    return extension.computes_quantized(bits)
 
 
 def runs(model: Any) -> bool:
     """Whether a model's methods marked `entry` run on the kernels when no gradient is wanted."""
-    return _on_cpu() and all(w.dtype in _STORED for w in model.named_weights().values())
+    return extension.can_read(w.dtype for w in model.named_weights().values())
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -152,7 +125,7 @@ def copy(x: np.ndarray, out: np.ndarray) -> bool:
     begin anywhere in memory. out is contiguous, and of x's type or float32.
     """
     x = x.view(x.dtype.newbyteorder("="))  # a mapped file's is little-endian by name
-    if _core is not None and x.dtype != np.float64:
+    if extension.is_there() and x.dtype != np.float64:
         return _core.copy(x, out)
     with np.errstate(all="ignore"):
         if x.dtype != np.uint16:

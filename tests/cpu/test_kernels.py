@@ -417,10 +417,10 @@ def test_adamw_clips_gradients_whose_squares_are_no_floats(size):
 @pytest.mark.parametrize("extension", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize(("dtype", "into"), [("f4", "f4"), ("f2", "f4"), ("u2", "f4"), ("f2", "f2"), ("u2", "u2")])
-def test_copy(monkeypatch, dtype, into, turned, extension):
+def test_copy(switch_off_kernels, dtype, into, turned, extension):
     """Of bytes that begin anywhere, against MLX's own conversions; u2 are the bits of bfloat16."""
     if not extension:
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
     values = mx.array(normal(70, 131)).astype({"f4": mx.float32, "f2": mx.float16, "u2": mx.bfloat16}[dtype])
     expected = np.array(values.astype(mx.float32))
     bits = np.array(values.view(mx.uint16) if dtype == "u2" else values)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.generation.sampling import Sampler
@@ -26,10 +26,10 @@ GREEDY = Sampler(temperature=0)
 
 
 @pytest.fixture(params=["kernels", "mlx"])
-def backend(request, monkeypatch):
+def backend(request, switch_off_kernels):
     if request.param == "mlx":
-        monkeypatch.setattr(kernels, "_core", None)
-    elif kernels._core is None:
+        switch_off_kernels()
+    elif not extension.is_there():
         pytest.skip("without the extension")
     return request.param
 
@@ -135,8 +135,8 @@ def test_positions_can_be_taken_back(backend):
     np.testing.assert_allclose(again, first[:, 2:], atol=1e-5)
 
 
-def test_a_step_is_compiled_once_for_each_size_of_the_cache(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)
+def test_a_step_is_compiled_once_for_each_size_of_the_cache(monkeypatch, switch_off_kernels):
+    switch_off_kernels()
     model, hidden, lengths = random_model(n_layer=1, n_embd=16, block_size=600), GPT.hidden, []
     monkeypatch.setattr(
         GPT, "hidden", lambda self, ids, cache: (lengths.append(ids.shape[1]), hidden(self, ids, cache))[1]
@@ -168,12 +168,12 @@ def test_the_draws_of_a_sequence_do_not_depend_on_the_others(backend):
         assert [row[n] for row in together] == [t for (t,) in alone]
 
 
-def test_both_backends_draw_the_same(monkeypatch):
+def test_both_backends_draw_the_same(switch_off_kernels):
     model, found = random_model(), []
     for _ in range(2):
         steps = Decoder(model, [[1], [2, 3]], Sampler(temperature=0.9, top_k=20, repetition_penalty=1.3))
         found.append(tokens(steps, 50))
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
     assert found[0] == found[1]
 
 

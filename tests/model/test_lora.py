@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxgpt import convert as convert_weights
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
@@ -34,11 +34,11 @@ X, Y = map(mx.array, BATCH)
 
 
 @pytest.fixture(params=["kernels", "mlx"])
-def path(request, monkeypatch):
+def path(request, switch_off_kernels):
     ops.use_device("cpu")
     if request.param == "mlx":
-        monkeypatch.setattr(kernels, "_core", None)
-    elif kernels._core is None:
+        switch_off_kernels()
+    elif not extension.is_there():
         pytest.skip("the extension is not there")
 
 
@@ -135,8 +135,8 @@ def test_gradients_with_dropout_are_the_slope(base):
 def test_it_learns_alike_on_both_paths_and_moves_nothing_else(base, targets):
     ops.use_device("cpu")
     runs = []
-    for core in (kernels._core, None):
-        with patch.object(kernels, "_core", core):
+    for kernels_there in (nullcontext(), extension.switched_off()):
+        with kernels_there:
             model = adapted(base, targets)
             before = {n: np.array(p) for n, p in model.named_weights().items()}
             trainer, losses = train(model, grad_clip=0.5)

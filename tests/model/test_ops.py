@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlxgpt.cpu import extension
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.model import ops
 from mlxgpt.model.cache import KVCache
@@ -49,7 +48,7 @@ def value_and_gradients(model: GPT, function) -> tuple[float, dict[str, np.ndarr
 
 
 def with_mlx(function):
-    with patch.object(kernels, "_core", None):
+    with extension.switched_off():
         return function()
 
 

@@ -30,9 +30,9 @@ def test_flops_are_those_that_inspect_counts(config):
 
 
 @pytest.mark.parametrize("on_kernels", [True, False])
-def test_the_peak_is_a_speed_that_a_product_can_have(monkeypatch, on_kernels):
+def test_the_peak_is_a_speed_that_a_product_can_have(switch_off_kernels, on_kernels):
     if not on_kernels:
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
     device._peak_flops.cache_clear()
     random = mx.random.state[0].tolist()
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlxgpt.cpu import extension
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
@@ -83,7 +85,7 @@ def test_steps_are_mlxs(accumulation, options):
         return t, losses + [t.step(batches(accumulation)).item() for _ in range(5)], first
 
     ours, losses, first = run()
-    with patch.object(kernels, "_core", None):
+    with extension.switched_off():
         theirs, expected, expected_first = run()
     assert ours._in_place and not theirs._in_place
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -182,7 +184,7 @@ def test_frozen_parameters_stay_and_the_others_go_mlxs_way(freeze, options):
         return t, losses, first, before
 
     ours, losses, first, before = run()
-    with patch.object(kernels, "_core", None):
+    with extension.switched_off():
         theirs, expected, expected_first, _ = run()
     assert ours._in_place and not theirs._in_place
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -209,8 +211,8 @@ def test_gradients_in_mlxs_graph_are_of_what_is_trained():
                 return 3 * model.loss(ids, targets)
 
             weights, found = model.trainable_parameters(), []
-            for core in (kernels._core, None):
-                with patch.object(kernels, "_core", core):
+            for kernels_there in (nullcontext(), extension.switched_off()):
+                with kernels_there:
                     found.append([np.array(g) for _, g in tree_flatten(mx.grad(loss)(weights))])
                     model.update(weights)
             assert len(found[0]) == FROZEN[freeze]
@@ -258,7 +260,7 @@ def test_names_that_fit_nothing_are_named(names, message):
 
 @pytest.mark.parametrize("on_kernels", [True, False])
 def test_training_with_frozen_parameters_goes_on_from_its_files(tmp_path, on_kernels):
-    with patch.object(kernels, "_core", kernels._core if on_kernels else None):
+    with nullcontext() if on_kernels else extension.switched_off():
         t = trainer("wte,h.1,ln_f.bias")
         for _ in range(2):
             t.step(batches(1))

@@ -77,8 +77,8 @@ def test_only_matrices_decay():
         assert np.abs(np.array(p) - expected).max() < 1e-7, name
 
 
-def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
+def test_accumulated_micro_batches_are_one_large_batch(monkeypatch, switch_off_kernels):
+    switch_off_kernels()  # the kernels are tested in test_optim.py
     trainer = training.Trainer(GPT(TINY), TrainConfig(model=TINY))
     seen = []
     monkeypatch.setattr(trainer, "_update", lambda gradients, loss: seen.append(dict(tree_flatten(gradients))))
@@ -91,8 +91,8 @@ def test_accumulated_micro_batches_are_one_large_batch(monkeypatch):
         assert mx.abs(gradient).max().item() > 1e-4, name
 
 
-def test_clipping_bounds_the_gradient(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)  # the kernels are tested in test_optim.py
+def test_clipping_bounds_the_gradient(switch_off_kernels):
+    switch_off_kernels()  # the kernels are tested in test_optim.py
     config = TrainConfig(grad_clip=1e-3, beta1=0.0, compile=False, model=TINY)
     trainer = training.Trainer(GPT(TINY), config)
     trainer.step(batches(2, 1))
@@ -102,14 +102,14 @@ def test_clipping_bounds_the_gradient(monkeypatch):
     assert squares**0.5 == pytest.approx(1e-3, rel=1e-3)
 
 
-def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def take(path: str, monkeypatch: pytest.MonkeyPatch, switch_off_kernels) -> None:
     """Steps are taken on the CPU's kernels, or by MLX's own operations, compiled as on a GPU or not."""
     if path == "kernels":
         ops.use_device("cpu")
         if not kernels.available():
             pytest.skip("the extension is not there")
     else:
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
         monkeypatch.setattr(training, "_compiles", lambda config: path == "compiled")
 
 
@@ -118,8 +118,8 @@ SMALL = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
 
 @pytest.mark.parametrize("path", ["kernels", "eager"])
 @pytest.mark.parametrize("fault", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, path, fault):
-    take(path, monkeypatch)
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, switch_off_kernels, path, fault):
+    take(path, monkeypatch, switch_off_kernels)
     trainer, other = (training.Trainer(GPT(SMALL), TrainConfig(warmup_iters=0, model=SMALL)) for _ in range(2))
     other.model.update(tree_map(lambda p: mx.array(np.array(p)), trainer.model.parameters()))
     some = batches(3, 4, SMALL)
@@ -165,13 +165,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, trainer: training.Trainer, path: str,
 
 
 @pytest.mark.parametrize("path", ["kernels", "eager", "compiled"])
-def test_blocks_that_are_computed_again_give_the_same_gradients(monkeypatch, path):
+def test_blocks_that_are_computed_again_give_the_same_gradients(monkeypatch, switch_off_kernels, path):
     """With dropout, whose masks are the same both times; compiled, against what is not."""
     config = dataclasses.replace(SMALL, n_layer=2 if path != "compiled" else 1, dropout=0.3)
     start = GPT(config).parameters()
     runs = []
     for again in (False, True):
-        take(path if again or path != "compiled" else "eager", monkeypatch)
+        take(path if again or path != "compiled" else "eager", monkeypatch, switch_off_kernels)
         mx.random.seed(3)
         model = GPT(config)
         model.update(tree_map(lambda p: mx.array(np.array(p)), start))
@@ -227,9 +227,9 @@ def test_bfloat16_keeps_float32_weights_and_learns():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_compiled_step_is_the_step(monkeypatch, dtype):
+def test_the_compiled_step_is_the_step(monkeypatch, switch_off_kernels, dtype):
     """What a GPU runs, here on any device: MLX compiles for the CPU too, if a C++ compiler is there."""
-    monkeypatch.setattr(kernels, "_core", None)
+    switch_off_kernels()
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
     start = GPT(model_config).parameters()
     losses = {}
@@ -245,8 +245,8 @@ def test_the_compiled_step_is_the_step(monkeypatch, dtype):
     assert len(set(losses[True])) == 7
 
 
-def test_compiled_dropout_draws_anew_at_each_step(monkeypatch):
-    monkeypatch.setattr(kernels, "_core", None)
+def test_compiled_dropout_draws_anew_at_each_step(monkeypatch, switch_off_kernels):
+    switch_off_kernels()
     monkeypatch.setattr(training, "_compiles", lambda config: True)
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
@@ -258,10 +258,10 @@ def test_compiled_dropout_draws_anew_at_each_step(monkeypatch):
 
 @pytest.mark.parametrize("restored_after", [0, 2])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_steps_go_on_from_a_restored_state(monkeypatch, compiled, restored_after):
+def test_steps_go_on_from_a_restored_state(monkeypatch, switch_off_kernels, compiled, restored_after):
     """Compiled as on a GPU, and in place on the CPU's kernels, where they are."""
     if compiled:
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
         monkeypatch.setattr(training, "_compiles", lambda config: True)
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
     config = TrainConfig(learning_rate=1e-2, warmup_iters=2, model=model_config)
@@ -283,10 +283,10 @@ def test_steps_go_on_from_a_restored_state(monkeypatch, compiled, restored_after
 
 
 @pytest.mark.parametrize("how", ["kernels", "eager", "compiled"])
-def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(monkeypatch, how):
+def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(monkeypatch, switch_off_kernels, how):
     """Whatever was drawn before, and whoever computes them."""
     if how != "kernels":
-        monkeypatch.setattr(kernels, "_core", None)
+        switch_off_kernels()
         monkeypatch.setattr(training, "_compiles", lambda config: how == "compiled")
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
