@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import time
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -20,7 +18,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from .common import cli
 from .common.console import say
 from .common.settings import require_at_least
-from .cpu import operations as kernels
 from .data import corpus as data
 from .data.tokenizer import Tokenizer
 from .generation.samples import load_named
@@ -129,11 +126,10 @@ def evaluate(
     if len(tokens) < 2:
         raise ValueError(f"data: {len(tokens)} tokens, expected at least 2: one to begin with, and one to predict")
     model.eval()  # no dropout
-    loss = functools.partial(kernels.run, model.loss) if kernels.runs(model) else model.loss
     nats, counts = 0.0, np.zeros(model.config.vocab_size, np.int64)
     for ids, targets in _batches(windows(tokens, block_size, stride), batch_size):
         predicted = targets[targets >= 0]
-        batch_nats = float(loss(mx.array(ids), mx.array(targets))) * len(predicted)
+        batch_nats = float(ops.without_gradient(model, GPT.loss, ids, targets)) * len(predicted)
         if not math.isfinite(batch_nats):
             raise ValueError(f"model: the loss is {batch_nats} after {counts.sum()} tokens, expected a finite number")
         nats += batch_nats

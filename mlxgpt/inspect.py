@@ -6,12 +6,10 @@ Nothing here knows the model's structure: the model is built and run on one batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from unittest.mock import patch
 
 import mlx.core as mx
 import tyro
@@ -84,27 +82,25 @@ def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]
     names = {id(p): name.removesuffix(".weight") for name, p in model.named_weights().items()}
     calls: list[Call] = []
 
-    def recorder(op: str, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        def record(*args: Any, **kwargs: Any) -> mx.array:
-            output = function(*args, **kwargs)
-            arrays = [a for a in args if isinstance(a, mx.array)]
-            weights = [a for a in arrays if id(a) in names]
-            path = names[id(weights[0])] if weights else f"{calls[-1].path.rpartition('.')[0]}.{op}"
-            shape = tuple(weights[0].shape) if weights else None
-            calls.append(Call(op, path, shape, [a for a in arrays if id(a) not in names], output))
-            return output
+    def record(op: str, args: tuple[Any, ...], output: Any) -> None:
+        if op not in _SHOWN:
+            return
+        arrays = [a for a in args if isinstance(a, mx.array)]
+        weights = [a for a in arrays if id(a) in names]
+        path = names[id(weights[0])] if weights else f"{calls[-1].path.rpartition('.')[0]}.{op}"
+        shape = tuple(weights[0].shape) if weights else None
+        calls.append(Call(op, path, shape, [a for a in arrays if id(a) not in names], output))
 
-        return record
-
-    with ExitStack() as stack:
-        stack.enter_context(extension.switched_off())  # the plain MLX expressions are lazy
-        for op in ("embedding", "layer_norm", "linear", "gelu", "attention", "cross_entropy"):
-            stack.enter_context(patch.object(ops, op, recorder(op, getattr(ops, op))))
+    with extension.switched_off(), ops.observed(record):  # MLX's own operations are lazy
         if cache is None:
             model.loss(ids, ids)
         else:
             model(ids, cache)
     return calls
+
+
+# Operations that are one step of the model, and not made of others that are.
+_SHOWN = {"embedding", "layer_norm", "linear", *ops.GELU, "attention", "cached_attention", "cross_entropy"}
 
 
 def explain(config: GPTConfig) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from .common import cli, disk
 from .common.console import say
 from .common.settings import settings
-from .cpu import operations as kernels
+from .cpu import extension
 from .data import corpus as data
 from .data import dataset
 from .data.tokenizer import Tokenizer, decode, kind_of
@@ -110,7 +110,9 @@ class Run:
         if self.checkpoints:
             self.group.on_death(self.checkpoints.wait)
         n_train, n_val = self.data.sizes()
-        how = "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
+        how = (
+            "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if extension.available() else 'MLX alone'}"
+        )
         self._say(f"data: {self.data.name}, {self.data.what}; {n_train:,} training and {n_val:,} validation tokens")
         self._say(
             f"model: {self.model.n_params():,} parameters; {shape.n_layer} layers, {shape.n_head} heads of "
@@ -143,7 +145,7 @@ class Run:
                 with progress.paused():
                     self._evaluate()
             for step in range(self.first_step + 1, config.max_iters + 1):
-                loss = self.trainer.step(draw(step))
+                loss = self.trainer.step(draw(step), self._before_update)
                 self._pending.append((step, loss, self.trainer.norm))
                 stop, done = self.group.any(interrupted.asked), step == config.max_iters
                 evaluates = step % config.eval_interval == 0 or done
@@ -164,6 +166,10 @@ class Run:
                 if stop:
                     break
         self._end()
+
+    def _before_update(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.before_update()
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of a step's windows."""

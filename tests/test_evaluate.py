@@ -18,7 +18,7 @@ import reference
 from mlx.utils import tree_unflatten
 
 from mlxgpt import evaluate
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.model.config import GPTConfig
@@ -47,7 +47,7 @@ def model() -> GPT:
 def backend(request, switch_off_kernels):
     if request.param == "mlx":
         switch_off_kernels()
-    elif not kernels.available():
+    elif not extension.available():
         pytest.skip("without the extension, or on a GPU")
 
 
@@ -123,7 +123,7 @@ def test_matrices_stored_in_less_are_evaluated_as_they_are(backend, storage):
             module.weight, module.scales, module.biases = mx.quantize(module.weight, 32, storage)
             module.group_size = 32
     result = evaluate.evaluate(model, TOKENS).loss
-    assert result == pytest.approx(expected, rel=5e-3 if storage == mx.bfloat16 and not kernels.available() else 1e-5)
+    assert result == pytest.approx(expected, rel=5e-3 if storage == mx.bfloat16 and not extension.available() else 1e-5)
 
 
 def test_dropout_is_not_left_on():

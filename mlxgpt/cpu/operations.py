@@ -1,19 +1,13 @@
-"""A model on the CPU's kernels: the operations of ops.py in the C++ extension, each with its gradient.
+"""The operations of a GPT on the CPU's kernels, each with its gradient beside it.
 
-A model's method marked `entry` runs on NumPy arrays here. Each operation calls its kernel at once, and notes on
-a tape how gradients flow back; to MLX the whole method is one function with a gradient of its own. Between two
-kernels there is no graph to build, no thread to wake (120 us for each evaluation in MLX), and no fresh memory to
-fault in.
+What they compute, and the papers they come from, stands in model/ops.py. x, y and the like are Arrays (array.py),
+weights are Parameters or a Quantized of some (model/ops.py).
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import sys
-import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,127 +15,321 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import extension
-from .extension import available
+from .array import Array, Deferred
+from .memory import empty
+from .tape import Gradient, Parameter, ParameterGradient, PartOfGradient, Seeds, Tape
 
 _core = extension.core
 
 
-def reads(bits: int) -> bool:
-    return extension.computes_quantized(bits)
+def _rows(x: np.ndarray | None) -> Any:
+    """(..., C) -> (N, C). None for None."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
-def runs(model: Any) -> bool:
-    """Whether a model's methods marked `entry` run on the kernels when no gradient is wanted."""
-    return extension.can_read(w.dtype for w in model.named_weights().values())
+def _matrix(weight: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A matrix as kernels take it: its values, and of quantized ones the scales and biases too."""
+    if hasattr(weight, "scales"):
+        return weight.weight.values, {"scales": weight.scales.values, "biases": weight.biases.values}
+    return weight.values, {}
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+def _gradient_of(weight: Any) -> ParameterGradient | None:
+    """The gradient of a Parameter that is trained. None for one that is frozen, for quantized weights and for None."""
+    return getattr(weight, "gradient", None)
 
 
-def entry(method: Method) -> Method:
-    """Marks the methods of a model through which callers run it: arrays in, one array out.
-
-    Where there are kernels for the model's parameters, the method runs on NumPy arrays. With a cache the result
-    has no gradient, and the parameters may be stored in any way; else they are float32.
-    """
-
-    @functools.wraps(method)
-    def call(model: Any, *args: Any) -> Any:
-        has_cache = any(a is not None and not isinstance(a, mx.array) for a in args)
-        weights = list(model.named_weights().values())
-        if not (runs(model) if has_cache else all(available(w.dtype) for w in weights)):
-            return method(model, *args)
-        # Not before: where MLX compiles the method, its arguments have no values yet.
-        arrays = [np.asarray(a) if isinstance(a, mx.array) else a for a in args]
-        if has_cache:
-            return _run(None, method, model, arrays)
-        trained = list(model.trainable_weights().values())
-        tape = _Tape(trained, [mx.zeros(w.shape) for w in trained] if model.training else [])
-
-        @mx.custom_function
-        def forward(*trained: mx.array) -> mx.array:
-            mx.eval(weights, tape.memory)
-            return _run(tape, method, model, arrays)
-
-        @forward.vjp
-        def backward(weights: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-            return tape.backward(np.asarray(cotangent))
-
-        return forward(*trained)
-
-    return call  # type: ignore[return-value]
+def _memory(gradient: ParameterGradient | None) -> np.ndarray | None:
+    """What a kernel adds a parameter's gradient to. None for None."""
+    return None if gradient is None else gradient.memory()
 
 
-class Repeated:
-    """A model's method marked `entry`, of ids and a cache, as a function of the ids alone, for many calls.
+def _values(parameter: Any) -> np.ndarray | None:
+    return None if parameter is None else parameter.values
 
-    The first call runs the method, and records the kernels that it calls with the arrays that they are given. The
-    calls after it are the recording: of Python's 60 us or so for each layer nothing is left. Ids and the result
-    are NumPy arrays; the result is overwritten by the next call. The parameters are those of the first call.
-    """
 
-    def __init__(self, method: Callable[..., Any], cache: Any) -> None:
-        self._model, self._method = method.__self__, method.__wrapped__  # type: ignore[attr-defined]
-        self._cache = cache
-        self._calls: Any = None
+class Linear(Deferred):
+    """scale x W^T + b, which a sum or a GELU that reads it computes in the same pass."""
 
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        if self._calls is None:
-            self._ids, calls = np.array(ids, np.int32), _core.Recording()
-            with calls:
-                self._output = _run_to_numpy(None, self._method, self._model, [self._ids, self._cache])
-            self._calls = calls  # only now that it is whole
+    __slots__ = ("activated",)
+
+    def __init__(self, x: Array, weight: Any, bias: Any, scale: float = 1.0) -> None:
+        shape = (*x.shape[:-1], weight.shape[0])
+        gradient = x.tape.gradient_for(shape, x, None if hasattr(weight, "scales") else weight, bias)
+
+        def kernel(gradient: Gradient | None, residual: Array | None = None, **activated: Any) -> np.ndarray:
+            out, (matrix, parts) = empty(shape), _matrix(weight)
+            added = None if residual is None else _rows(residual.values)
+            _core.linear_forward(
+                _rows(x.values), matrix, _values(bias), _rows(out), residual=added, scale=scale, **parts, **activated
+            )
+            backward = _linear_backward(x, weight, bias, scale, None if residual is None else residual.gradient)
+            x.tape.record(gradient, backward)
+            return out
+
+        super().__init__(shape, x.tape, gradient, kernel)
+
+    def activate(self, activation: str) -> np.ndarray:
+        """Computes the values, and in the same pass the GELU of them -> the latter."""
+        activated = empty(self.shape)
+        self._values = self.kernel(self.gradient, activated=_rows(activated), activation=activation)  # type: ignore
+        del self.kernel
+        return activated
+
+
+def _linear_backward(
+    x: Array, weight: Any, bias: Any, scale: float, dresidual: Gradient | None
+) -> Callable[[np.ndarray], None]:
+    """dx = dout W, dW += dout^T x, db += the sum of dout's rows, and the residual stream's gradient is dout itself."""
+    matrix, dweight, dbias, dx = getattr(weight, "values", None), _gradient_of(weight), _gradient_of(bias), x.gradient
+    x_values = x.for_backward() if dweight is not None else None
+    gelu = x.recompute if isinstance(x.recompute, _Gelu) and dx is not None else None
+
+    def backward(dout: np.ndarray) -> None:
+        rows = _rows(dout if scale == 1 else dout * np.float32(scale))
+        if gelu is not None:  # on to what the GELU was of, in the same pass
+            gelu.linear_backward(rows, matrix, dweight, dbias)
         else:
-            self._ids[...] = ids
-            self._cache.reserve(*ids.shape)
-            self._calls.replay()
-            self._cache.advance(ids.shape[1])
-        return self._output
+            into = None if dx is None else dx.memory()
+            of_x = None if x_values is None else _rows(x_values())
+            _core.linear_backward(rows, of_x, matrix, _rows(into), _memory(dweight), _memory(dbias), accumulate=True)
+            if dx is not None and into is not None:
+                dx.add(into)
+        if dresidual is not None:
+            dresidual.add(dout)
+
+    return backward
 
 
-def run(method: Callable[..., Any], *args: mx.array) -> mx.array:
-    """A model's method marked `entry`, run on the kernels without a way back for gradients, nor memory for one."""
-    return _run(None, method.__wrapped__, method.__self__, [np.asarray(a) for a in args])  # type: ignore[attr-defined]
+def linear(x: Array, weight: Any, bias: Any = None) -> Array:
+    return Linear(x, weight, bias)
 
 
-def add_gradients(
-    weights: list[mx.array], gradients: list[mx.array], scale: float, method: Callable[..., Any], *args: mx.array
-) -> mx.array:
-    """A model's method marked `entry`, run on the kernels without MLX around it -> what it returns, a scalar.
-
-    weights are the model's trainable_weights(); scale times their gradients is added to `gradients`, in place.
-    """
-    tape = _Tape(weights, gradients, scale)
-    arrays = [np.asarray(a) for a in args]
-    value = _run(tape, method.__wrapped__, method.__self__, arrays)  # type: ignore[attr-defined]
-    tape.backward(np.array(scale, np.float32))
-    return value
+def scaled_linear(x: Array, weight: Any, scale: float) -> Array:
+    return Linear(x, weight, None, scale)
 
 
-def copy(x: np.ndarray, out: np.ndarray) -> bool:
-    """out = x -> whether every value of out is finite. Runs without the extension too.
+class _Gelu:
+    """The GELU of an array, computed once more where its values are wanted in the backward pass."""
 
-    (n,) or (rows, columns), floating-point, bfloat16 as its bits in uint16. x may be a matrix that is turned, and
-    begin anywhere in memory. out is contiguous, and of x's type or float32.
-    """
-    x = x.view(x.dtype.newbyteorder("="))  # a mapped file's is little-endian by name
-    if extension.is_there() and x.dtype != np.float64:
-        return _core.copy(x, out)
-    with np.errstate(all="ignore"):
-        if x.dtype != np.uint16:
-            out[...] = x
-            return bool(np.isfinite(out.sum())) or bool(np.isfinite(out).all())  # a sum shows it in one pass
-        bits = np.left_shift(x, 16, out=out.view(np.uint32), dtype=np.uint32) if out.dtype == np.float32 else out
-        if bits is out:
-            out[...] = x
-        return not np.any(x & 0x7F80 == 0x7F80)
+    def __init__(self, pre: np.ndarray, gradient: Gradient | None, activation: str) -> None:
+        self.pre, self.gradient, self.activation = pre, gradient, activation
+
+    def __call__(self) -> np.ndarray:
+        out = empty(self.pre.shape)
+        _core.gelu_forward(_rows(self.pre), _rows(out), self.activation)
+        return out
+
+    def linear_backward(
+        self,
+        dout: np.ndarray,
+        matrix: np.ndarray | None,
+        dweight: ParameterGradient | None,
+        dbias: ParameterGradient | None,
+    ) -> None:
+        """The backward pass of a linear layer that reads the GELU, and of the GELU: its values, which the weight's
+        gradient needs, are computed in passing."""
+        assert self.gradient is not None
+        dpre, pre = self.gradient.memory(), _rows(self.pre)
+        activated = None if dweight is None else _rows(empty(self.pre.shape))
+        _core.linear_backward(
+            dout, None, matrix, _rows(dpre), None, None, pre=pre, activated=activated, activation=self.activation
+        )
+        _core.linear_backward(dout, activated, matrix, None, _memory(dweight), _memory(dbias), accumulate=True)
+        self.gradient.add(dpre)
 
 
-def zero(arrays: list[mx.array]) -> None:
-    """Fills arrays with 0 in place."""
-    mx.eval(arrays)
-    for array in arrays:
-        _view(array).fill(0)
+def gelu(x: Array, activation: str) -> Array:
+    if isinstance(x, Linear) and not x.is_computed:
+        out = x.activate(activation)
+    else:
+        out = empty(x.shape)
+        _core.gelu_forward(_rows(x.values), _rows(out), activation)
+    pre, dx, gradient = x.values, x.gradient, x.tape.gradient_for(x.shape, x)
+
+    def backward(dout: np.ndarray) -> None:
+        _core.gelu_backward(_rows(pre), _rows(dout), activation)
+        dx.add(dout)  # type: ignore[union-attr]
+
+    x.tape.record(gradient, backward)
+    return Array(out, x.tape, gradient, _Gelu(pre, dx, activation))
+
+
+def embeddings(ids: Array, tokens: Any, positions: Any, offsets: np.ndarray | None) -> Array:
+    at, T = np.ascontiguousarray(ids.values, np.int32), ids.shape[1]
+    out = empty((*ids.shape, tokens.shape[1]))
+    matrix, parts = _matrix(tokens)
+    places = positions.values[:T] if offsets is None else positions.values
+    _core.embedding_forward(at, matrix, places, out, offsets=offsets, **parts)
+    trained = [p for p in (tokens, positions) if _gradient_of(p) is not None]
+    gradient = ids.tape.gradient_for(out.shape, *trained)
+    dtokens, dpositions = _gradient_of(tokens), _gradient_of(positions)
+
+    def backward(dout: np.ndarray) -> None:
+        into = _memory(dpositions)
+        _core.embedding_backward(at, dout, _memory(dtokens), None if into is None else into[:T])
+
+    ids.tape.record(gradient, backward)
+    return Array(out, ids.tape, gradient)
+
+
+def layer_norm(x: Array, weight: Any, bias: Any, eps: float) -> Array:
+    rows, dx = _rows(x.values), x.gradient
+    mean, rstd = empty((len(rows),)), empty((len(rows),))
+    shape, scale, shift = x.shape, weight.values, _values(bias)
+    dweight, dbias = _gradient_of(weight), _gradient_of(bias)
+
+    def compute() -> np.ndarray:
+        out = empty(shape)
+        _core.layer_norm_forward(rows, scale, shift, eps, _rows(out), mean, rstd)
+        return out
+
+    def backward(dout: np.ndarray) -> None:
+        # What came along the residual stream is added to in place.
+        add = dx is not None and dx.total is not None
+        into = dx.take() if add else empty(shape)  # type: ignore[union-attr]
+        _core.layer_norm_backward(
+            _rows(dout), rows, scale, mean, rstd, _rows(into), _memory(dweight), _memory(dbias),
+            add_to_dx=add, accumulate=True,
+        )  # fmt: skip
+        if dx is not None:
+            dx.add(into)  # type: ignore[arg-type]
+
+    gradient = x.tape.gradient_for(shape, x, weight, bias)
+    x.tape.record(gradient, backward)
+    return Array(compute(), x.tape, gradient, compute)
+
+
+def dropout(x: Array, p: float) -> Array:
+    if p == 0:
+        return x
+    tape, shape, dx, seed = x.tape, x.shape, x.gradient, x.tape.seeds.next()
+
+    def kernel(gradient: Gradient | None, residual: Array | None = None) -> np.ndarray:
+        out = empty(shape)
+        _core.dropout(x.values, None if residual is None else residual.values, p, seed, out)
+        dresidual = None if residual is None else residual.gradient
+
+        def backward(dout: np.ndarray) -> None:
+            if dx is not None:
+                into = dx.memory()
+                _core.dropout(dout, None, p, seed, into)
+                dx.add(into)
+            if dresidual is not None:
+                dresidual.add(dout)
+
+        tape.record(gradient, backward)
+        return out
+
+    return Deferred(shape, tape, tape.gradient_for(shape, x), kernel)
+
+
+def _heads(x: np.ndarray, n_head: int) -> np.ndarray:
+    """(B, T, C) seen as (B, n_head, T, head_dim)."""
+    return x.reshape(*x.shape[:2], n_head, -1).swapaxes(1, 2)
+
+
+def _third(qkv: np.ndarray, n: int, n_head: int) -> np.ndarray:
+    """The queries (0), keys (1) or values (2) of (B, T, 3C), seen as (B, n_head, T, head_dim)."""
+    C = qkv.shape[-1] // 3
+    return _heads(qkv[..., n * C : (n + 1) * C], n_head)
+
+
+def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
+    values, whole = qkv.values, qkv.gradient
+
+    def part(n: int) -> Array:
+        gradient = None if whole is None else PartOfGradient(whole, lambda array: _third(array, n, n_head))
+        return Array(_third(values, n, n_head), qkv.tape, gradient)
+
+    return part(0), part(1), part(2)
+
+
+def attention(q: Array, k: Array, v: Array, dropout_p: float) -> Array:
+    B, n_head, T, head_dim = q.shape
+    arrays = [x.values for x in (q, k, v)]
+    options = dict(scale=head_dim**-0.5, dropout=dropout_p, seed=q.tape.seeds.next() if dropout_p else 0)
+    # In memory (B, T, n_head, head_dim), as merge_heads wants it.
+    out, lse = empty((B, T, n_head, head_dim)).swapaxes(1, 2), empty((B, n_head, T))
+    _core.attention_forward(*arrays, out, lse, **options)
+    gradients = [x.gradient for x in (q, k, v)]
+
+    def backward(dout: np.ndarray) -> None:
+        into = [empty(a.shape) if g is None else g.memory() for a, g in zip(arrays, gradients, strict=True)]
+        _core.attention_backward(*arrays, out, lse, dout, *into, **options)
+        for gradient, contribution in zip(gradients, into, strict=True):
+            if gradient is not None:
+                gradient.add(contribution)
+
+    gradient = q.tape.gradient_for(out.shape, q, k, v)
+    q.tape.record(gradient, backward)
+    return Array(out, q.tape, gradient)
+
+
+def cached_attention(q: Array, k: Array, v: Array, keys: np.ndarray, values: np.ndarray, offsets: np.ndarray) -> Array:
+    B, n_head, T, head_dim = q.shape
+    out = empty((B, T, n_head, head_dim)).swapaxes(1, 2)
+    _core.attention_cached(q.values, k.values, v.values, keys, values, offsets, out, scale=head_dim**-0.5)
+    return Array(out, q.tape)
+
+
+def merge_heads(y: Array) -> Array:
+    B, n_head, T, head_dim = y.shape
+    merged = y.values.swapaxes(1, 2).reshape(B, T, n_head * head_dim)  # not copied: attention writes it so
+    dy, gradient = y.gradient, y.tape.gradient_for(merged.shape, y)
+
+    def backward(dout: np.ndarray) -> None:
+        dy.add(_heads(dout, n_head))  # type: ignore[union-attr]
+
+    y.tape.record(gradient, backward)
+    return Array(merged, y.tape, gradient)
+
+
+def linear_cross_entropy(x: Array, weight: Any, targets: Array) -> Array:
+    tape, rows, dx, dweight = x.tape, _rows(x.values), x.gradient, _gradient_of(weight)
+    ids = np.ascontiguousarray(targets.values, np.int32).reshape(-1)  # (N,)
+    matrix, parts = _matrix(weight)
+    gradient = tape.gradient_for((), x, None if parts else weight)
+    scale = tape.loss_scale or np.float32(1)
+
+    def loss_and_gradients() -> tuple[float, np.ndarray | None]:
+        into = None if dx is None else dx.memory()
+        outputs = _rows(into), _memory(dweight)
+        return _core.linear_cross_entropy(rows, matrix, ids, *outputs, accumulate=True, scale=scale), into
+
+    # Where the loss's gradient is known beforehand, the logits are computed once for the loss and for its gradient.
+    at_once = loss_and_gradients() if gradient is not None and tape.loss_scale else None
+    value = at_once[0] if at_once else _core.linear_cross_entropy(rows, matrix, ids, **parts)
+
+    def backward(dloss: np.ndarray) -> None:
+        _, into = at_once or loss_and_gradients()
+        if dloss != scale:  # in MLX's graph, where no other gradient is in the weight's memory yet
+            for array in (into, _memory(dweight)):
+                if array is not None:
+                    array *= dloss / scale
+        if dx is not None and into is not None:
+            dx.add(into)
+
+    tape.record(gradient, backward)
+    return Array(np.array(value, np.float32), tape, gradient)
+
+
+def recomputed(module: nn.Module, x: Array) -> Array:
+    parameters = (value for _, value in tree_flatten(dict(module)))  # type: ignore[str-unpack]
+    tape, before, values, dx = x.tape, x.tape.seeds.count, x.values, x.gradient
+    out = module(Array(values, Tape(records=False, seeds=tape.seeds))).values
+    trained = (p for p in parameters if isinstance(p, Parameter))
+    gradient = tape.gradient_for(out.shape, x, *trained)
+
+    def backward(dout: np.ndarray) -> None:
+        again = Tape(loss_scale=float(tape.loss_scale), seeds=Seeds(tape.seeds.first, before))
+        inner = Array(values, again, None if dx is None else Gradient(x.shape))
+        module(inner).backward(dout)
+        if dx is not None and inner.gradient is not None:
+            dx.add(inner.gradient.take())  # type: ignore[arg-type]
+
+    tape.record(gradient, backward)
+    return Array(out, tape, gradient)
 
 
 def adamw(
@@ -154,495 +342,3 @@ def adamw(
     step (from 1), max_norm to clip to (0 for none). Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
     return _core.adamw(parameters, gradients, m, v, [p.ndim >= 2 for p in parameters], **options)
-
-
-class _Tape:
-    """How gradients flow back: one step for each operation that ran, the last one first.
-
-    Operations that no weight to be trained went into have no step, and what they made wants no gradient. A gradient
-    belongs to an array by identity (of a _Remade, by that of its source). Each step takes its output's gradient
-    off and puts its inputs' there, so that memory is free as soon as it can be.
-    """
-
-    def __init__(self, weights: list[mx.array], memory: list[mx.array], scale: float = 1.0) -> None:
-        self._weights = weights  # those to be trained
-        self.memory = memory  # their gradients; if empty, made by the backward pass
-        self.training = bool(memory)
-        self.scale = np.float32(scale)  # what the gradient of a loss will be, as far as can be foretold
-        self.steps: list[Callable[[_Tape], None]] = []
-        self.output: np.ndarray | None = None
-        self._activations: dict[int, np.ndarray] = {}
-        self._parts: dict[int, Callable[[_Tape], np.ndarray]] = {}
-        self._wanted = {id(w) for w in weights}  # of weights and activations whose gradient is wanted
-
-    def record(self, step: Callable[[_Tape], None], output: np.ndarray, *inputs: Any) -> None:
-        """Notes how the gradient of an output flows back to those of its inputs that want one, if any does.
-
-        inputs are arrays, weights and None. What makes the gradients keeps the output in memory, and by that its
-        identity.
-        """
-        if any(map(self.wants, inputs)):
-            self._wanted.add(_identity(output))
-            self.steps.append(step)
-
-    def wants(self, array: Any) -> bool:
-        """Whether the gradient of a weight, or of an activation, is wanted."""
-        return _identity(array) in self._wanted
-
-    @functools.cached_property
-    def _of_weights(self) -> dict[int, mx.array]:
-        if not self.memory:
-            self.memory = [mx.zeros(w.shape) for w in self._weights]
-            mx.eval(self.memory)
-        return {id(w): m for w, m in zip(self._weights, self.memory, strict=True)}
-
-    def of(self, weight: mx.array | None) -> Any:
-        """The sum of a weight's gradients so far, for a kernel to add to. None of one that is frozen, and of None."""
-        return self._of_weights[id(weight)] if self.wants(weight) else None
-
-    def empty(self, array: np.ndarray | _Source) -> np.ndarray | None:
-        """Memory for a gradient of an array, to be written and put there. None if it is not wanted."""
-        if not self.wants(array):
-            return None
-        part = self._parts.get(_identity(array))
-        return _empty(array.shape) if part is None else part(self)
-
-    def part(self, array: np.ndarray, memory: Callable[[_Tape], np.ndarray]) -> None:
-        """Says where the gradient of an array lies that is a part of another: what is put there is there."""
-        self._parts[_identity(array)] = memory
-        self._wanted.add(_identity(array))
-
-    def put(self, array: np.ndarray | _Source | None, gradient: np.ndarray | None) -> None:
-        """Adds to the gradient of an array, if it is wanted. The memory may be written to later."""
-        if gradient is None or array is None or not self.wants(array) or _identity(array) in self._parts:
-            return
-        if (held := self._activations.get(_identity(array))) is None:
-            self._activations[_identity(array)] = gradient
-        else:
-            held += gradient
-
-    def has(self, array: np.ndarray | _Source) -> bool:
-        return _identity(array) in self._activations
-
-    def take(self, array: np.ndarray | _Source) -> np.ndarray:
-        return self._activations.pop(_identity(array))
-
-    def backward(self, cotangent: np.ndarray) -> tuple[mx.array, ...]:
-        if self.output is None:
-            raise ValueError("a model's gradient was asked for twice; call the model again")
-        gradient = _empty(self.output.shape)
-        gradient[...] = cotangent
-        output, self.output = self.output, None
-        self._unwind(output, gradient)
-        return tuple(self._of_weights.values())
-
-    def backward_again(self, call: Callable[[], np.ndarray], gradient: np.ndarray, x: np.ndarray) -> np.ndarray | None:
-        """Records a call, whose result's gradient is given, and goes back through it at once -> x's gradient, if it is
-        wanted."""
-        # A tape of its own, because arrays that are made now may have the identity of some that are gone.
-        tape = _Tape(self._weights, list(self._of_weights.values()), float(self.scale))
-        if self.wants(x):
-            tape._wanted.add(_identity(x))
-        _state.tape = tape
-        try:
-            output = call()
-        finally:
-            _state.tape = None
-        tape._unwind(output, gradient)
-        return tape.take(x) if self.wants(x) else None
-
-    def _unwind(self, output: np.ndarray, gradient: np.ndarray) -> None:
-        self._activations[_identity(output)] = gradient
-        while self.steps:
-            self.steps.pop()(self)
-
-
-class _Source:
-    """How to make an array again."""
-
-    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> None:
-        self.shape, self.make = shape, make
-
-
-class _Remade(np.ndarray):
-    """An array that is cheap to make: the backward pass makes it again, and its memory is free until then."""
-
-    source: _Source
-
-
-def _identity(array: Any) -> int:
-    return id(getattr(array, "source", array))
-
-
-def _kept(array: np.ndarray) -> Any:
-    """What a step of the backward pass holds of an array, to be _made there."""
-    return getattr(array, "source", array)
-
-
-def _made(kept: Any) -> np.ndarray:
-    return kept.make() if isinstance(kept, _Source) else kept
-
-
-class _State(threading.local):
-    """Of the method that runs on the kernels in this thread."""
-
-    tape: _Tape | None = None  # none where no gradient is wanted
-    bits: dict[int, mx.array] = {}  # noqa: RUF012 of bfloat16 parameters, by their identity
-    seed: int | None = None  # of the dropout masks drawn so far
-
-
-_state = _State()
-
-
-def _run(tape: _Tape | None, method: Callable[..., Any], model: Any, args: list[Any]) -> mx.array:
-    return mx.array(_run_to_numpy(tape, method, model, args))
-
-
-def _run_to_numpy(tape: _Tape | None, method: Callable[..., Any], model: Any, args: list[Any]) -> np.ndarray:
-    _state.tape, _state.seed = tape, None
-    if tape is None:
-        # The buffer protocol has no bfloat16: kernels take its bits.
-        weights = model.named_weights().values()
-        _state.bits = {id(w): w.view(mx.uint16) for w in weights if w.dtype == mx.bfloat16}
-        mx.eval(model.parameters(), list(_state.bits.values()))
-    try:
-        output = method(model, *args)
-    finally:
-        _state.tape, _state.bits = None, {}
-        _memory.forget_unused()
-    if tape is not None:
-        tape.output = output
-    return output
-
-
-def _record(step: Callable[[_Tape], None], output: np.ndarray, *inputs: Any) -> None:
-    if _state.tape is not None:
-        _state.tape.record(step, output, *inputs)
-
-
-def _next_seed() -> int:
-    """A dropout mask's: the run's first from MLX's generator, then counted on."""
-    if _state.seed is None:
-        _state.seed = int(mx.random.randint(0, 2**31 - 1)) << 32
-    _state.seed += 1
-    return _state.seed
-
-
-class _Memory:
-    """float32 arrays that nobody else holds any more, to be used again.
-
-    A step of training asks for the same sizes as the step before; fresh memory would cost a page fault for
-    every 4 KB of it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks: dict[int, list[np.ndarray]] = {}
-        self._used: set[int] = set()  # blocks that were asked for since the last forget_unused
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        n = math.prod(shape)
-        with self._lock:
-            blocks = self._blocks.setdefault(n, [])
-            counts = _reference_counts(blocks)
-            if _HELD_BY_LIST in counts:
-                block = blocks[counts.index(_HELD_BY_LIST)]
-            else:
-                block = np.empty(n, np.float32)
-                blocks.append(block)
-            self._used.add(id(block))
-            return block.reshape(shape)
-
-    def forget_unused(self) -> None:
-        with self._lock:
-            kept = {n: [b for b in blocks if id(b) in self._used] for n, blocks in self._blocks.items()}
-            self._blocks = {n: blocks for n, blocks in kept.items() if blocks}
-            self._used.clear()
-
-
-def _reference_counts(blocks: list[np.ndarray]) -> list[int]:
-    return [sys.getrefcount(block) for block in blocks]
-
-
-# What an array's count is that only a list holds: how many the loop itself adds depends on the interpreter.
-(_HELD_BY_LIST,) = _reference_counts([np.empty(0)])
-
-_memory = _Memory()
-_empty = _memory.empty
-
-
-def _view(array: mx.array) -> np.ndarray:
-    """The memory of an evaluated MLX array: nothing is copied, writes reach the MLX array. Kernels take MLX
-    arrays as they are, in the same way."""
-    return np.array(array, copy=False)
-
-
-def _rows(x: np.ndarray | None) -> Any:
-    """(..., C) -> (N, C). None of None."""
-    return None if x is None else x.reshape(-1, x.shape[-1])
-
-
-def checkpointed(module: nn.Module, x: np.ndarray, *args: Any) -> np.ndarray:
-    """module(x, *args), of which only x is kept: the backward pass calls it again, with the same dropout masks."""
-    tape, seed = _state.tape, _state.seed
-    _state.tape = None
-    try:
-        out = module(x, *args)
-    finally:
-        _state.tape = tape
-    if seed is None and _state.seed is not None:
-        seed = _state.seed >> 32 << 32  # the run's first, which was drawn here
-
-    def backward(tape: _Tape) -> None:
-        _state.seed = seed
-        tape.put(x, tape.backward_again(lambda: module(x, *args), tape.take(out), x))
-
-    _record(backward, out, x, *dict(tree_flatten(module.parameters())).values())
-    return out
-
-
-# ---- the kernels, each with its gradient ----
-
-
-def _stored(weight: Any) -> tuple[mx.array, dict[str, mx.array]]:
-    """A matrix as kernels take it: an array, and of an ops.Quantized its scales and biases too."""
-    if isinstance(weight, mx.array):
-        return _state.bits.get(id(weight), weight), {}
-    parts = (_state.bits.get(id(part), part) for part in (weight.scales, weight.biases))
-    return weight.weight, dict(zip(("scales", "biases"), parts, strict=True))
-
-
-def linear(
-    x: np.ndarray, weight: Any, bias: mx.array | None, residual: np.ndarray | None, dropout_p: float
-) -> np.ndarray:
-    if dropout_p > 0:
-        return dropout(linear(x, weight, bias, None, 0.0), dropout_p, residual)
-    out = _empty((*x.shape[:-1], weight.shape[0]))
-    matrix, parts = _stored(weight)
-    _core.linear_forward(_rows(x), matrix, bias, _rows(out), residual=_rows(residual), **parts)
-    kept = _kept(x)
-
-    def backward(tape: _Tape) -> None:
-        dout, dx, dweight = tape.take(out), tape.empty(kept), tape.of(weight)
-        rows = None if dweight is None else _rows(_made(kept))
-        _core.linear_backward(_rows(dout), rows, weight, _rows(dx), dweight, tape.of(bias), accumulate=True)
-        tape.put(kept, dx)
-        tape.put(residual, dout)
-
-    _record(backward, out, x, weight, bias, residual)
-    return out
-
-
-def scaled_linear(x: np.ndarray, weight: mx.array, scale: float) -> np.ndarray:
-    out = _empty((*x.shape[:-1], weight.shape[0]))
-    _core.linear_forward(_rows(x), weight, None, _rows(out), scale=scale)
-    kept = _kept(x)
-
-    def backward(tape: _Tape) -> None:
-        dout, dx, dweight = tape.take(out), tape.empty(kept), tape.of(weight)
-        dout *= np.float32(scale)
-        rows = None if dweight is None else _rows(_made(kept))
-        _core.linear_backward(_rows(dout), rows, weight, _rows(dx), dweight, None, accumulate=True)
-        tape.put(kept, dx)
-
-    _record(backward, out, x, weight)
-    return out
-
-
-def mlp(
-    x: np.ndarray, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: np.ndarray, dropout_p: float
-) -> np.ndarray:
-    (fc, fc_parts), (proj, proj_parts) = _stored(c_fc.matrix), _stored(c_proj.matrix)
-    fc_bias, proj_bias = c_fc.get("bias"), c_proj.get("bias")
-    activation = "gelu" if exact else "gelu_new"
-    h = _empty((*x.shape[:-1], fc.shape[0]))  # before the GELU
-    activated, out = _empty(h.shape), _empty(x.shape)
-    gelu = dict(activated=_rows(activated), activation=activation)
-    _core.linear_forward(_rows(x), fc, fc_bias, _rows(h), **gelu, **fc_parts)
-    added = residual if dropout_p == 0 else None
-    _core.linear_forward(_rows(activated), proj, proj_bias, _rows(out), residual=_rows(added), **proj_parts)
-    del activated  # the backward pass makes it again, in passing
-    kept = _kept(x)
-
-    def backward(tape: _Tape) -> None:
-        dout, dx, dfc, dproj = tape.take(out), tape.empty(kept), tape.of(fc), tape.of(proj)
-        dh, pre, rows = _rows(_empty(h.shape)), _rows(h), _rows(dout)
-        activated = None if dproj is None else _rows(_empty(h.shape))
-        _core.linear_backward(rows, None, proj, dh, None, None, pre=pre, activated=activated, activation=activation)
-        _core.linear_backward(rows, activated, proj, None, dproj, tape.of(proj_bias), accumulate=True)
-        rows = None if dfc is None else _rows(_made(kept))
-        _core.linear_backward(dh, rows, fc, _rows(dx), dfc, tape.of(fc_bias), accumulate=True)
-        tape.put(kept, dx)
-        tape.put(added, dout)
-
-    _record(backward, out, x, added, fc, fc_bias, proj, proj_bias)
-    return out if dropout_p == 0 else dropout(out, dropout_p, residual)
-
-
-def embeddings(ids: np.ndarray, tokens: Any, positions: Any, offsets: np.ndarray | None) -> np.ndarray:
-    ids, T = np.ascontiguousarray(ids, np.int32), ids.shape[1]
-    out = _empty((*ids.shape, tokens.shape[1]))
-    matrix, parts = _stored(tokens)
-    at = _view(positions)[:T] if offsets is None else positions
-    _core.embedding_forward(ids, matrix, at, out, offsets=offsets, **parts)
-
-    def backward(tape: _Tape) -> None:
-        dpositions = tape.of(positions)
-        dpositions = None if dpositions is None else _view(dpositions)[:T]
-        _core.embedding_backward(ids, tape.take(out), tape.of(tokens), dpositions)
-
-    _record(backward, out, tokens, positions)
-    return out
-
-
-def layer_norm(x: np.ndarray, weight: mx.array, bias: mx.array | None, eps: float) -> np.ndarray:
-    rows = _rows(x)
-    mean, rstd = _empty((len(rows),)), _empty((len(rows),))
-
-    def make() -> np.ndarray:
-        out = _empty(x.shape)
-        _core.layer_norm_forward(rows, weight, bias, eps, _rows(out), mean, rstd)
-        return out
-
-    out = make().view(_Remade)
-    out.source = source = _Source(x.shape, make)
-
-    def backward(tape: _Tape) -> None:
-        dout, add = tape.take(source), tape.has(x)  # what came along the residual stream is added to in place
-        dx = tape.take(x) if add else tape.empty(x)
-        if dx is None:  # the kernel makes it all the same
-            dx = _empty(x.shape)
-        _core.layer_norm_backward(
-            _rows(dout), rows, weight, mean, rstd, _rows(dx), tape.of(weight), tape.of(bias),
-            add_to_dx=add, accumulate=True,
-        )  # fmt: skip
-        tape.put(x, dx)
-
-    _record(backward, out, x, weight, bias)
-    return out
-
-
-def gelu(x: np.ndarray, exact: bool) -> np.ndarray:
-    activation = "gelu" if exact else "gelu_new"
-
-    def make() -> np.ndarray:
-        out = _empty(x.shape)
-        _core.gelu_forward(_rows(x), _rows(out), activation)
-        return out
-
-    out = make().view(_Remade)
-    out.source = source = _Source(x.shape, make)
-
-    def backward(tape: _Tape) -> None:
-        gradient = tape.take(source)
-        _core.gelu_backward(_rows(x), _rows(gradient), activation)
-        tape.put(x, gradient)
-
-    _record(backward, out, x)
-    return out
-
-
-def dropout(x: np.ndarray, p: float, residual: np.ndarray | None) -> np.ndarray:
-    if p == 0 and residual is None:
-        return x
-    seed, out = _next_seed(), _empty(x.shape)
-    _core.dropout(x, residual, p, seed, out)
-
-    def backward(tape: _Tape) -> None:
-        dout, dx = tape.take(out), tape.empty(x)
-        if dx is not None:
-            _core.dropout(dout, None, p, seed, dx)
-        tape.put(x, dx)
-        tape.put(residual, dout)
-
-    _record(backward, out, x, residual)
-    return out
-
-
-def _heads_of(x: np.ndarray, n_head: int) -> np.ndarray:
-    """(B, T, C) seen as (B, n_head, T, head_dim)."""
-    return x.reshape(*x.shape[:2], n_head, -1).swapaxes(1, 2)
-
-
-def _thirds(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys and values side by side, (B, T, 3C), seen as three (B, n_head, T, head_dim)."""
-    C = qkv.shape[-1] // 3
-    q, k, v = (_heads_of(qkv[..., n * C : (n + 1) * C], n_head) for n in range(3))
-    return q, k, v
-
-
-def split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    parts = _thirds(qkv, n_head)
-    if (tape := _state.tape) is not None and tape.wants(qkv):
-        for i, part in enumerate(parts):
-
-            def memory(tape: _Tape, i: int = i) -> np.ndarray:
-                whole = tape.take(qkv) if tape.has(qkv) else _empty(qkv.shape)
-                tape.put(qkv, whole)
-                return _thirds(whole, n_head)[i]
-
-            tape.part(part, memory)
-    return parts
-
-
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, dropout_p: float) -> np.ndarray:
-    B, n_head, T, head_dim = q.shape
-    options = dict(scale=head_dim**-0.5, dropout=dropout_p, seed=_next_seed() if dropout_p else 0)
-    # In memory (B, T, n_head, head_dim): as c_proj reads it.
-    out, lse = _empty((B, T, n_head, head_dim)).swapaxes(1, 2), _empty((B, n_head, T))
-    _core.attention_forward(q, k, v, out, lse, **options)
-
-    def backward(tape: _Tape) -> None:
-        gradients = [tape.empty(a) for a in (q, k, v)]
-        _core.attention_backward(q, k, v, out, lse, tape.take(out), *gradients, **options)
-        for array, gradient in zip((q, k, v), gradients, strict=True):
-            tape.put(array, gradient)
-
-    _record(backward, out, q, k, v)
-    return out
-
-
-def cached_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray, offsets: np.ndarray
-) -> np.ndarray:
-    B, n_head, T, head_dim = q.shape
-    out = _empty((B, T, n_head, head_dim)).swapaxes(1, 2)
-    _core.attention_cached(q, k, v, keys, values, offsets, out, scale=head_dim**-0.5)
-    return out
-
-
-def merge_heads(y: np.ndarray) -> np.ndarray:
-    B, n_head, T, head_dim = y.shape
-    merged = y.swapaxes(1, 2).reshape(B, T, n_head * head_dim)  # no copy: attention writes (B, T, n_head, head_dim)
-    _record(lambda tape: tape.put(y, _heads_of(tape.take(merged), n_head)), merged, y)
-    return merged
-
-
-def linear_cross_entropy(x: np.ndarray, weight: Any, targets: np.ndarray) -> np.ndarray:
-    tape, rows = _state.tape, _rows(x)
-    targets = np.ascontiguousarray(targets, np.int32).reshape(-1)
-
-    def loss_and_gradients(tape: _Tape) -> tuple[float, np.ndarray | None]:
-        dx = tape.empty(x)
-        into = _rows(dx), tape.of(weight)
-        return _core.linear_cross_entropy(rows, weight, targets, *into, accumulate=True, scale=tape.scale), dx
-
-    at_once = None
-    if tape is not None and tape.training:  # then the logits are made once for the loss and its gradient
-        value, _ = at_once = loss_and_gradients(tape)
-    else:
-        matrix, parts = _stored(weight)
-        value = _core.linear_cross_entropy(rows, matrix, targets, **parts)
-    loss = np.array(value, np.float32)
-
-    def backward(tape: _Tape) -> None:
-        cotangent = tape.take(loss)
-        _, gradient = at_once or loss_and_gradients(tape)
-        if cotangent != tape.scale:  # in MLX's graph, where no earlier gradient is in the weight's memory
-            for array in (gradient, tape.of(weight)):
-                if array is not None:
-                    np.array(array, copy=False)[...] *= cotangent / tape.scale
-        tape.put(x, gradient)
-
-    _record(backward, loss, x, weight)
-    return loss

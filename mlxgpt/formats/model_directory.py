@@ -32,7 +32,7 @@ from mlx.utils import tree_unflatten
 
 from ..common import disk
 from ..common.settings import from_dict
-from ..cpu import operations as kernels
+from ..cpu import extension, memory
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.config import GPTConfig
@@ -167,12 +167,12 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
         tensors = {name: t for name, t in tensors.items() if name in expected or not _is_zero_bias(name, t)}
     turned = is_conv1d if conv1d else None
     check_tensors(tensors, expected, path, turned)
-    if dtype is None and not conv1d and kernels.reads(quantization.get("bits", 0)):
+    if dtype is None and not conv1d and extension.computes_quantized(quantization.get("bits", 0)):
         for name in [name for name in packed if name in expected and name != "wpe.weight"]:
             del tensors[name]
             _quantize(model, name.removesuffix(".weight"), packed[name], quantization["group_size"], path)
     weights = load_arrays(tensors, path, dtype, turned)
-    if dtype is None and "wpe.weight" in packed and not kernels.available():  # float32 would make all of it float32
+    if dtype is None and "wpe.weight" in packed and not extension.available():  # float32 would make all of it float32
         weights["wpe.weight"] = weights["wpe.weight"].astype(_mlx_dtype(packed["wpe.weight"][1].dtype))
     model.update(tree_unflatten(list(weights.items())))
     mx.eval(model.parameters())
@@ -235,7 +235,7 @@ def _quantize(model: GPT, path: str, parts: tuple[Tensor, ...], group_size: int,
     (module,) = (module for name, module in model.named_modules() if name == path)
     for name, tensor in zip(("scales", "biases"), parts[1:], strict=True):
         x = tensor.read()
-        if not kernels.copy(x, np.empty(x.shape, x.dtype.newbyteorder("="))):
+        if not memory.copy(x, np.empty(x.shape, x.dtype.newbyteorder("="))):
             raise ValueError(f"{source}: {path}.{name} holds a value that is not finite (NaN or infinity)")
     module.weight, module.scales, module.biases = map(_array, parts)
     module.group_size = group_size
@@ -289,7 +289,7 @@ def load_arrays(
 
     def stays(name: str, tensor: Tensor) -> bool:
         is_matrix = len(tensor.shape) == 2 and name != "wpe.weight"
-        return tensor.dtype in halves and (is_matrix or dtype is not None or not kernels.available())
+        return tensor.dtype in halves and (is_matrix or dtype is not None or not extension.available())
 
     types = {name: t.dtype if stays(name, t) else "float32" for name, t in tensors.items()}
     shapes = {name: t.shape[::-1] if turned and turned(name) else t.shape for name, t in tensors.items()}
@@ -302,7 +302,7 @@ def load_arrays(
             out = np.array(arrays[name].view(mx.uint16) if is_bfloat16 else arrays[name], copy=False)
         else:
             out = np.empty(shapes[name], "uint16" if is_bfloat16 else types[name])
-        if not kernels.copy(x.T if turned and turned(name) else x, out):
+        if not memory.copy(x.T if turned and turned(name) else x, out):
             raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
         if not on_cpu:
             arrays[name] = mx.array(out).view(mx.bfloat16) if is_bfloat16 else mx.array(out)

@@ -33,7 +33,7 @@ import numpy as np
 
 from ..common import disk
 from ..common.settings import from_dict
-from ..cpu import operations as kernels
+from ..cpu import memory
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.gpt import GPT
@@ -132,6 +132,7 @@ class Checkpoints:
         self.run, self.keep_last = run, keep_last
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._lent: _Lent | None = None
         self._copies: dict[tuple[str, str], np.ndarray] = {}
         _remove_leftovers(run)
         _adopt_last(run)
@@ -147,7 +148,7 @@ class Checkpoints:
         weights_file, weights = checkpoint.weights_file(model)
         files = {weights_file: weights, OPTIMIZER: checkpoint.array_tensors(optimizer.averages(model))}
         lent = _Lent(files, self._copies)
-        optimizer.before_update = lent.take_back
+        self._lent = lent
         record = training_json(
             step=state.step, skipped=state.step - int(optimizer.step.item()),
             learning_rate=optimizer.learning_rate.item(), beta1=optimizer.betas[0], beta2=optimizer.betas[1],
@@ -157,6 +158,11 @@ class Checkpoints:
         small = {**checkpoint.small_files(model, tokenizer), TRAINING: record}
         self._thread = threading.Thread(target=self._run, args=(state.step, small, lent, best), name="checkpoint")
         self._thread.start()
+
+    def before_update(self) -> None:
+        """To be called before the model's arrays change in place: what is still to be written is copied first."""
+        if self._lent is not None:
+            self._lent.take_back()
 
     def check(self) -> None:
         """OSError of a checkpoint that could not be written, once; doesn't wait for one that is being written."""
@@ -320,7 +326,7 @@ class _Lent:
             for key, array in self._unread.items() if not self._is_copy else ():
                 if key not in self._copies:
                     self._copies[key] = np.empty(array.shape, array.dtype)
-                kernels.copy(array, self._copies[key])
+                memory.copy(array, self._copies[key])
                 self._unread[key] = self._copies[key]
             self._is_copy = True
             self._condition.wait_for(lambda: not self._reading)

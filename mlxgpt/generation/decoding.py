@@ -114,7 +114,7 @@ class _Rows:
 
     def decode(self) -> Iterator[Step]:
         texts, cache = self._texts, _cache(self._model, len(self._texts))
-        step = ops.repeated(self._model.next_logits, cache)
+        step = ops.repeated(self._model, GPT.next_logits, cache)
         # On the kernels a step is computed when it is asked for. Elsewhere MLX works on the next one while the
         # caller has this one's tokens, unless a sequence has no room for it.
         ahead = not ops.on_kernels(self._model)
@@ -274,7 +274,7 @@ class _Reader:
             same = len(ids) - n
         T = len(ids) - same
         if T not in self._steps:
-            self._steps[T] = ops.repeated(self._model.__call__, self._cache)
+            self._steps[T] = ops.repeated(self._model, GPT.__call__, self._cache)
         logits = self._steps[T](self._array(np.array([ids[same:]], np.int32)))  # (1, T, V)
         return _to_numpy(logits)[0, -n:]
 

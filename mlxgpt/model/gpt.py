@@ -19,12 +19,13 @@ from mlx.utils import tree_flatten
 
 from ..common.settings import nearest
 from . import ops
-from .cache import KVCache
+from .cache import KVCache, LayerCache
 from .config import GPTConfig
+from .recompute import recomputed
 
 
-class Weight(nn.Module):
-    """A module with a matrix: an array, or what is left of one by quantization (weight, scales, biases, group_size)."""
+class MatrixModule(nn.Module):
+    """A module with one matrix, stored as an array or quantized."""
 
     @property
     def matrix(self) -> ops.Matrix:
@@ -33,7 +34,7 @@ class Weight(nn.Module):
         return self.weight
 
 
-class Linear(Weight):
+class Linear(MatrixModule):
     """x W^T + b. (..., n_in) -> (..., n_out)."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool, std: float = 0.02) -> None:
@@ -42,23 +43,15 @@ class Linear(Weight):
         if bias:
             self.bias = mx.zeros((n_out,))
 
-    def __call__(self, x: mx.array, residual: mx.array | None = None, dropout_p: float = 0.0) -> mx.array:
-        """With dropout of what it returns, and the residual stream added to that."""
-        matrix, bias = self.matrix, self.get("bias")
-        if not self.adapted:
-            return ops.linear(x, matrix, bias, residual, dropout_p)
-        low = ops.scaled_linear(x, self.lora_A, self.lora_scale)  # (..., rank)
-        added = residual if dropout_p == 0 else None
-        y = ops.linear(low, self.lora_B, None, ops.linear(x, matrix, bias, added))  # (..., n_out)
-        return y if dropout_p == 0 else ops.dropout(y, dropout_p, residual)
-
-    @property
-    def adapted(self) -> bool:
-        """Whether a correction of low rank is added to the matrix (lora.py): W + scale B A."""
-        return "lora_A" in self
+    def __call__(self, x: mx.array) -> mx.array:
+        y = ops.linear(x, self.matrix, self.get("bias"))  # (..., n_out)
+        if "lora_A" in self:  # an adapter corrects the weight to W + lora_scale B A (lora.py)
+            low = ops.scaled_linear(x, self.lora_A, self.lora_scale)  # (..., rank)
+            y = y + ops.linear(low, self.lora_B)  # (..., n_out)
+        return y
 
 
-class Embedding(Weight):
+class Embedding(MatrixModule):
     """A learned row of n_embd numbers for each of n_ids ids."""
 
     def __init__(self, n_ids: int, n_embd: int) -> None:
@@ -80,47 +73,54 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.weight, self.get("bias"), self.eps)
 
 
-class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and the positions before it, by n_head independent rules.
+class DropoutModule(nn.Module):
+    """A module that drops activations with probability dropout_p while it is trained."""
 
-    x, residual (B, T, C) -> residual + what was gathered from x, (B, T, C).
-    """
+    def __init__(self, dropout_p: float) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+
+    def dropout(self, x: mx.array) -> mx.array:
+        return ops.dropout(x, self.dropout_p) if self.training else x
+
+
+class CausalSelfAttention(DropoutModule):
+    """Each position takes a weighted average of itself and earlier positions, separately in each head.
+    (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig, residual_std: float) -> None:
-        super().__init__()
+        super().__init__(config.dropout)
         C = config.n_embd
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.c_attn = Linear(C, 3 * C, config.bias)  # queries, keys and values of all heads at once
         self.c_proj = Linear(C, C, config.bias, residual_std)
 
-    def __call__(self, x: mx.array, residual: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> mx.array:
         q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, T, 3C) -> 3 x (B, n_head, T, head_dim)
-        p = self.dropout if self.training else 0.0
-        if cache is None:
-            y = ops.attention(q, k, v, p)  # (B, n_head, T, head_dim), by way of (B, n_head, T, T) scores
-        else:
-            y = ops.cached_attention(q, k, v, cache, layer)  # the same, of positions that follow others
-        return self.c_proj(ops.merge_heads(y), residual, p)  # heads side by side: (B, T, C)
+        if cache is None:  # softmax(q k^T / sqrt(head_dim)) v, with scores (B, n_head, T, T)
+            y = ops.attention(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
+        else:  # the same for positions that follow those in the cache
+            y = ops.cached_attention(q, k, v, cache)
+        y = ops.merge_heads(y)  # (B, n_head, T, head_dim) -> (B, T, C)
+        return self.dropout(self.c_proj(y))
 
 
-class MLP(nn.Module):
-    """Each position by itself, through a layer four times as wide: x, residual (B, T, C) ->
-    residual + c_proj(gelu(c_fc(x))), (B, T, C) by way of (B, T, 4C)."""
+class MLP(DropoutModule):
+    """Two linear layers with a GELU between them, at each position by itself. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig, residual_std: float) -> None:
-        super().__init__()
+        super().__init__(config.dropout)
         C = config.n_embd
-        self.exact_gelu, self.dropout = config.activation == "gelu", config.dropout
         self.c_fc = Linear(C, 4 * C, config.bias)
+        self.gelu = ops.GELU[config.activation]
         self.c_proj = Linear(4 * C, C, config.bias, residual_std)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        p = self.dropout if self.training else 0.0
-        return ops.mlp(x, self.c_fc, self.c_proj, self.exact_gelu, residual, p)
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
 
 
 class Block(nn.Module):
-    """One layer: what attention and the MLP find is added to the residual stream x. (B, T, C) -> (B, T, C)."""
+    """One layer: attention and the MLP each add to the residual stream x. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig, residual_std: float) -> None:
         super().__init__()
@@ -129,21 +129,25 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config, residual_std)
 
-    def __call__(self, x: mx.array, layer: int, cache: KVCache | None = None) -> mx.array:
-        x = self.attn(self.ln_1(x), x, layer, cache)  # x + attn(ln_1(x))
-        return self.mlp(self.ln_2(x), x)  # x + mlp(ln_2(x))
+    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> mx.array:
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
-class GPT(nn.Module):
-    """The language model. Its weights are drawn from mx.random as GPT-2's were: normal with a standard
-    deviation of 0.02, or 0.02 / sqrt(2 n_layer) for the 2 n_layer projections that add to the residual
-    stream, so that its variance does not grow with depth; biases 0."""
+class GPT(DropoutModule):
+    """The language model.
+
+    Its weights are drawn from mx.random as GPT-2's were: normal with a standard deviation of 0.02, or
+    0.02 / sqrt(2 n_layer) for the 2 n_layer projections that add to the residual stream, so that its variance does
+    not grow with depth; biases are 0.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
+        super().__init__(config.dropout)
         self.config = config
-        self.grad_checkpoint = False  # in training, keep only each block's input and compute the rest again
-        self.lora: Any = None  # what its adapters are, if lora.add gave it some
+        self.grad_checkpoint = False  # in training, keep each block's input alone and recompute the rest
+        self.lora: Any = None  # the LoRA of its adapters, if lora.add gave it some
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
@@ -154,7 +158,7 @@ class GPT(nn.Module):
 
     @property
     def head(self) -> ops.Matrix:
-        """What makes the logits, (V, C): the token embedding's weight, or one of its own."""
+        """The matrix that makes the logits, (V, C): the token embedding, or a weight of its own."""
         return (self.wte if self.config.tied_head else self.lm_head).matrix
 
     @ops.entry
@@ -173,34 +177,37 @@ class GPT(nn.Module):
         x = self.hidden(ids, cache)[:, -1]  # (B, C)
         return ops.linear(x, self.head)  # (B, V)
 
-    def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
-        """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
-        T, offsets = ids.shape[1], None
-        if cache is not None:
-            cache.reserve(*ids.shape)
-            offsets = cache.offsets
-        elif T > self.config.block_size:
-            raise ValueError(f"GPT: {T} positions, at most block_size = {self.config.block_size}")
-        x = ops.embeddings(ids, self.wte.matrix, self.wpe.matrix, offsets)  # (B, T, C)
-        x = ops.dropout(x, self.config.dropout if self.training else 0.0)
-        for layer, block in enumerate(self.h):
-            again = self.grad_checkpoint and self.training and cache is None
-            x = ops.checkpointed(block, x, layer) if again else block(x, layer, cache)
-        if cache is not None:
-            cache.advance(T)
-        return self.ln_f(x)
-
     @ops.entry
     def loss(self, ids: mx.array, targets: mx.array) -> mx.array:
         """Mean cross entropy in nats. ids, targets (B, T) int32; a target of -1 is not counted -> scalar."""
         return ops.linear_cross_entropy(self.hidden(ids), self.head, targets)
+
+    def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
+        """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
+        B, T = ids.shape
+        if cache is not None:
+            cache.reserve(B, T)
+        elif T > self.config.block_size:
+            raise ValueError(f"GPT: {T} positions, at most block_size = {self.config.block_size}")
+        x = ops.embeddings(ids, self.wte.matrix, self.wpe.matrix, None if cache is None else cache.offsets)
+        x = self.dropout(x)  # token and position embeddings summed, (B, T, C)
+        for n, block in enumerate(self.h):
+            if cache is not None:
+                x = block(x, cache.layers[n])
+            elif self.grad_checkpoint and self.training:
+                x = recomputed(block, x)
+            else:
+                x = block(x)
+        if cache is not None:
+            cache.advance(T)
+        return self.ln_f(x)
 
     def named_weights(self) -> dict[str, mx.array]:
         """Every parameter by its name, as "h.0.attn.c_attn.weight". A tied head is wte and not there again."""
         return dict(tree_flatten(self.parameters()))  # type: ignore[arg-type]
 
     def trainable_weights(self) -> dict[str, mx.array]:
-        """Those of named_weights() that are not frozen, in the same order."""
+        """The parameters of named_weights() that are not frozen, in the same order."""
         return dict(tree_flatten(self.trainable_parameters()))  # type: ignore[arg-type]
 
     def freeze_named(self, beginnings: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
 """The seam between devices: each operation of a GPT, once, with its shapes.
 
-On a GPU an operation is MLX's own: lazy, and compiled with the graph around it. Without the C++ extension,
-or with MLXGPT_KERNELS=0, it is that on a CPU too. On a CPU with the extension a model's methods marked `entry`
-run on NumPy arrays, and an operation that is given one is a kernel: see kernels.py.
+On a GPU an operation is MLX's own: lazy, and compiled with the graph around it. Without the C++ extension, or with
+MLXGPT_KERNELS=0, it is that on a CPU too. On a CPU with the extension a model's methods marked `entry` run on
+cpu.array's Arrays, and an operation that is given one calls its kernel: see cpu/operations.py.
 """
 
 from __future__ import annotations
@@ -10,20 +10,70 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
+from ..cpu import entry as on_cpu
 from ..cpu import operations as kernels
-from .cache import KVCache
+from ..cpu.array import Array as CPUArray
+from .cache import KVCache, LayerCache
 
-entry = kernels.entry
+entry = on_cpu.entry
 
-Array = TypeVar("Array", mx.array, np.ndarray)
+Array = TypeVar("Array", mx.array, CPUArray)
+Function = TypeVar("Function", bound=Callable[..., Any])
+Observer = Callable[[str, tuple[Any, ...], Any], None]
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """While it is entered, each operation's name, arguments and result are given to the observer as it is called."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def operation(function: Function) -> Function:
+    """Marks what `observed` observes."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        for observer in _observers:
+            observer(function.__name__, args, result)
+        return result
+
+    return call  # type: ignore[return-value]
+
+
+def new_mask_key() -> mx.array:
+    """The key of a dropout mask, drawn from MLX's generator."""
+    return mx.random.randint(0, 2**32 - 1, (2,), mx.uint32)
+
+
+class _Masks(threading.local):
+    next_key = staticmethod(new_mask_key)
+
+
+_masks = _Masks()
+
+
+@contextmanager
+def mask_keys_from(next_key: Callable[[], mx.array]) -> Iterator[None]:
+    """While it is entered, dropout by MLX's operations takes the keys of its masks from a function, in this thread."""
+    before, _masks.next_key = _masks.next_key, next_key  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _masks.next_key = before  # type: ignore[method-assign]
 
 
 class Quantized(NamedTuple):
@@ -64,122 +114,71 @@ def use_device(name: str) -> mx.Device:
     return device
 
 
-def on_kernels(model: nn.Module) -> bool:
-    """Whether a model generates on the CPU's kernels, and its results are to be NumPy arrays."""
-    return kernels.runs(model)
+def on_kernels(model: Any) -> bool:
+    """Whether a model computes on the CPU's kernels where no gradient is wanted; its results are then NumPy arrays."""
+    return on_cpu.runs(model)
 
 
-def repeated(method: Callable[..., Any], cache: KVCache) -> Callable[[Any], Any]:
+def without_gradient(model: Any, method: Callable[..., Any], *args: Any) -> Any:
+    """A model's method marked `entry`, as GPT.loss, of arrays (MLX's or NumPy's) and a cache, without a gradient.
+
+    On the CPU's kernels nothing is kept for a backward pass, and the result is a NumPy array; elsewhere MLX's.
+    """
+    if on_kernels(model):
+        return on_cpu.without_gradient(model, method, *args)
+    return method(model, *(mx.array(a) if isinstance(a, np.ndarray) else a for a in args))
+
+
+def repeated(model: Any, method: Callable[..., Any], cache: KVCache) -> Callable[[Any], Any]:
     """A model's method marked `entry`, of ids (B, T) and a cache, as a function of the ids alone, to be called often.
 
     The T positions follow those that the cache holds, and are added to it; T and B stay the same. On the CPU's
-    kernels the calls of the first time are recorded and made again, on NumPy arrays, and the result is overwritten
+    kernels the calls of the first time are recorded and replayed, on NumPy arrays, and the result is overwritten
     by the next call; elsewhere it is compiled, once for each size that the cache's arrays grow to.
     ValueError where the cache is full.
     """
-    if on_kernels(method.__self__):  # type: ignore[attr-defined]
-        return kernels.Repeated(method, cache)
-    model, body = method.__self__, method.__wrapped__  # type: ignore[attr-defined]
+    if on_kernels(model):
+        return on_cpu.Repeated(model, method, cache)
 
     @functools.partial(mx.compile, inputs=model.state)
     def step(ids: mx.array, offsets: mx.array, keys: list[mx.array], values: list[mx.array]) -> Any:
-        inner = KVCache.of(offsets, keys, values)
-        return body(model, ids, inner), inner.keys, inner.values
+        inner = KVCache.over(offsets, keys, values)
+        return method(model, ids, inner), inner.keys, inner.values
 
     def call(ids: mx.array) -> mx.array:
         if cache.keys[0] is None:
-            return method(ids, cache)
+            return method(model, ids, cache)
         cache.reserve(*ids.shape)
         # The cache's own arrays are not held here: those that nobody else holds are written in place.
-        output, cache.keys, cache.values = step(ids, mx.array(cache.offsets), cache.keys, cache.values)
+        output, *arrays = step(ids, mx.array(cache.offsets), cache.keys, cache.values)
+        cache.replace(*arrays)
         cache.advance(ids.shape[1])
         return output
 
     return call
 
 
-def checkpointed(module: nn.Module, x: Array, *args: Any) -> Array:
-    """module(x, *args), of which the backward pass keeps x alone: it calls the module again. x (...) -> an array.
-
-    Dropout draws the same masks both times. Chen et al. 2016, https://arxiv.org/abs/1604.06174.
-    """
-    if isinstance(x, np.ndarray):
-        return kernels.checkpointed(module, x, *args)
-    keys: list[mx.array] = []
-
-    def run(weights: dict[str, Any], x: mx.array, again: Iterable[mx.array] = ()) -> mx.array:
-        held = module.parameters()
-        module.update(weights)
-        _masks.drawn, _masks.again = keys, iter(again)
-        try:
-            return module(x, *args)
-        finally:
-            _masks.drawn, _masks.again = None, iter(())
-            module.update(held)
-
-    call = mx.custom_function(run)
-
-    @call.vjp
-    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        flat: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
-        # Else MLX is free to call all modules again before it goes back through the last one, and to leave the
-        # weights' gradients for later: then all activations are held after all.
-        x, *again = mx.depends([primals[1], *keys], [cotangent])
-
-        def call_again(x: mx.array, *weights: mx.array) -> mx.array:
-            return run(named(weights), x, again)
-
-        def named(arrays: Sequence[mx.array]) -> Any:
-            return tree_unflatten(list(zip(flat, arrays, strict=True)))
-
-        _, gradients = mx.vjp(call_again, [x, *flat.values()], [cotangent])
-        (dx,) = mx.depends(gradients[:1], gradients[1:])
-        return named(gradients[1:]), dx
-
-    return call(module.trainable_parameters(), x)  # type: ignore[return-value]
-
-
-class _Masks(threading.local):
-    """Of the module that checkpointed() calls: the keys of its dropout masks."""
-
-    drawn: list[mx.array] | None = None  # so far; none outside of such a module
-    again: Iterator[mx.array] = iter(())  # those of its first call that are still to be used
-
-
-_masks = _Masks()
-
-
-def _next_key() -> mx.array:
-    """A dropout mask's."""
-    if (key := next(_masks.again, None)) is None:
-        key = mx.random.randint(0, 2**32 - 1, (2,), mx.uint32)
-        if _masks.drawn is not None:
-            _masks.drawn.append(key)
-    return key
-
-
-def linear(
-    x: Array, weight: Matrix, bias: mx.array | None = None, residual: Array | None = None, dropout_p: float = 0.0
-) -> Array:
-    """residual + dropout(x W^T + b). x (..., n_in), weight (n_out, n_in), bias (n_out,) -> (..., n_out)."""
-    if isinstance(x, np.ndarray):
-        return kernels.linear(x, weight, bias, residual, dropout_p)
+@operation
+def linear(x: Array, weight: Matrix, bias: mx.array | None = None) -> Array:
+    """x W^T + b. x (..., n_in), weight (n_out, n_in), bias (n_out,) -> (..., n_out)."""
+    if isinstance(x, CPUArray):
+        return kernels.linear(x, weight, bias)
     if isinstance(weight, Quantized):
         packed, scales, biases, group_size = weight
         y = mx.quantized_matmul(x, packed, scales, biases, transpose=True, group_size=group_size, bits=weight.bits)
-        y = y if bias is None else y + bias
-    else:
-        y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    return dropout(y, dropout_p, residual)
+        return y if bias is None else y + bias
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
+@operation
 def scaled_linear(x: Array, weight: mx.array, scale: float) -> Array:
     """scale x W^T. x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
-    if isinstance(x, np.ndarray):
+    if isinstance(x, CPUArray):
         return kernels.scaled_linear(x, weight, scale)
     return scale * (x @ weight.T)
 
 
+@operation
 def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     """Rows of weight (V, C), one for each of ids (...), int32 in [0, V) -> (..., C)."""
     if isinstance(weight, Quantized):
@@ -188,12 +187,13 @@ def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     return weight[ids]
 
 
+@operation
 def embeddings(ids: Array, tokens: Matrix, positions: Matrix, offsets: Any = None) -> Array:
     """Token and position embeddings summed. ids (B, T), tokens (V, C), positions (T_max, C) -> (B, T, C).
 
     Sequence b's positions are the T from offsets[b] on, offsets (B,) int32; from 0 on without offsets.
     """
-    if isinstance(ids, np.ndarray):
+    if isinstance(ids, CPUArray):
         return kernels.embeddings(ids, tokens, positions, offsets)
     at = mx.arange(ids.shape[1])  # (T,)
     if offsets is not None:
@@ -201,47 +201,59 @@ def embeddings(ids: Array, tokens: Matrix, positions: Matrix, offsets: Any = Non
     return embedding(ids, tokens) + embedding(at, positions)  # (B, T, C) + (B, T, C) or (T, C)
 
 
+@operation
 def layer_norm(x: Array, weight: mx.array, bias: mx.array | None, eps: float) -> Array:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. x (..., C) -> (..., C).
 
     Ba et al. 2016, https://arxiv.org/abs/1607.06450; the variance is the biased one.
     """
-    if isinstance(x, np.ndarray):
+    if isinstance(x, CPUArray):
         return kernels.layer_norm(x, weight, bias, eps)
     return mx.fast.layer_norm(x, weight, bias, eps)
 
 
-def gelu(x: Array, exact: bool) -> Array:
-    """x Phi(x), Phi the normal distribution's, element by element. x (...) -> (...).
+@operation
+def gelu(x: Array) -> Array:
+    """x Phi(x), where Phi is the normal distribution's, element by element. x (...) -> (...).
 
-    Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415: exact by erf, else GPT-2's tanh form.
+    Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415.
     """
-    if isinstance(x, np.ndarray):
-        return kernels.gelu(x, exact)
-    if exact:
-        return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
+    if isinstance(x, CPUArray):
+        return kernels.gelu(x, "gelu")
+    return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
+
+
+@operation
+def gelu_new(x: Array) -> Array:
+    """The GELU by tanh, as GPT-2 computes it, element by element. x (...) -> (...).
+
+    Hendrycks & Gimpel 2016, section 2; the name is transformers'.
+    """
+    if isinstance(x, CPUArray):
+        return kernels.gelu(x, "gelu_new")
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
-def mlp(x: Array, c_fc: nn.Module, c_proj: nn.Module, exact: bool, residual: Array, dropout_p: float) -> Array:
-    """residual + dropout(c_proj(gelu(c_fc(x)))), of two linear layers. x, residual (..., C) -> (..., C)."""
-    if isinstance(x, np.ndarray) and not (c_fc.adapted or c_proj.adapted):
-        return kernels.mlp(x, c_fc, c_proj, exact, residual, dropout_p)
-    return c_proj(gelu(c_fc(x), exact), residual, dropout_p)  # (..., C) -> (..., 4C) -> (..., C)
+GELU: dict[str, Callable[[Any], Any]] = {"gelu": gelu, "gelu_new": gelu_new}  # by GPTConfig.activation
 
 
-def dropout(x: Array, p: float, residual: Array | None = None) -> Array:
-    """Zeroes elements of x (...) with probability p, scales the others by 1 / (1 - p), and adds residual (...)."""
-    if isinstance(x, np.ndarray):
-        return kernels.dropout(x, p, residual)
-    if p > 0:
-        x = x * (mx.random.bernoulli(1 - p, x.shape, _next_key()) * (1 / (1 - p))).astype(x.dtype)
-    return x if residual is None else residual + x
+@operation
+def dropout(x: Array, p: float) -> Array:
+    """Zeroes elements of x (...) with probability p, and scales the others by 1 / (1 - p). -> (...).
+
+    Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html.
+    """
+    if p == 0:
+        return x
+    if isinstance(x, CPUArray):
+        return kernels.dropout(x, p)
+    return x * (mx.random.bernoulli(1 - p, x.shape, _masks.next_key()) * (1 / (1 - p))).astype(x.dtype)
 
 
+@operation
 def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
     """Queries, keys and values side by side, (B, T, 3C) -> q, k, v, each (B, n_head, T, head_dim)."""
-    if isinstance(qkv, np.ndarray):
+    if isinstance(qkv, CPUArray):
         return kernels.split_heads(qkv, n_head)
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = (
@@ -251,6 +263,7 @@ def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
     return q, k, v
 
 
+@operation
 def attention(q: Array, k: Array, v: Array, dropout_p: float = 0.0) -> Array:
     """Causal attention, softmax(q k^T / sqrt(head_dim)) v, for each head.
 
@@ -258,7 +271,7 @@ def attention(q: Array, k: Array, v: Array, dropout_p: float = 0.0) -> Array:
     The queries are the last T_q positions: query i sees the keys 0 .. i + T_k - T_q.
     dropout_p drops attention weights. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
     """
-    if isinstance(q, np.ndarray):
+    if isinstance(q, CPUArray):
         return kernels.attention(q, k, v, dropout_p)
     scale = q.shape[-1] ** -0.5
     if dropout_p == 0:
@@ -270,30 +283,30 @@ def attention(q: Array, k: Array, v: Array, dropout_p: float = 0.0) -> Array:
     return dropout(weights, dropout_p) @ v
 
 
-def cached_attention(q: Array, k: Array, v: Array, cache: KVCache, layer: int) -> Array:
-    """Causal attention of T new positions over those that a cache holds and themselves, which it is given first.
+@operation
+def cached_attention(q: Array, k: Array, v: Array, cache: LayerCache) -> Array:
+    """Causal attention of T new positions, whose keys and values the layer's cache is given first, over all that it
+    holds. q, k, v (B, n_head, T, head_dim) -> (B, n_head, T, head_dim).
 
-    q, k, v (B, n_head, T, head_dim) -> (B, n_head, T, head_dim). Position i of sequence b sees offsets[b] + i + 1.
+    Query i of sequence b sees offsets[b] + i + 1 positions.
     """
-    keys, values = cache.layer(layer, like=k)  # (B, n_head, capacity, head_dim)
-    if isinstance(q, np.ndarray):
-        return kernels.cached_attention(q, k, v, keys, values, cache.offsets)
-    at = mx.array(cache.offsets)[:, None] + mx.arange(q.shape[2])  # (B, T)
-    into = mx.broadcast_to(at[:, None, :, None], k.shape)  # (B, n_head, T, head_dim)
-    cache.keys[layer] = keys = mx.put_along_axis(keys, into, k, axis=2)
-    cache.values[layer] = values = mx.put_along_axis(values, into, v, axis=2)
-    visible = (mx.arange(keys.shape[2]) <= at[:, :, None])[:, None]  # (B, 1, T, capacity)
+    if isinstance(q, CPUArray):
+        return kernels.cached_attention(q, k, v, *cache.arrays(like=k), cache.offsets)
+    keys, values, positions = cache.write(k, v)  # (B, n_head, size, head_dim), and (B, T)
+    visible = (mx.arange(keys.shape[2]) <= positions[:, :, None])[:, None]  # (B, 1, T, size)
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=q.shape[-1] ** -0.5, mask=visible)
 
 
+@operation
 def merge_heads(y: Array) -> Array:
     """Heads side by side, (B, n_head, T, head_dim) -> (B, T, C)."""
-    if isinstance(y, np.ndarray):
+    if isinstance(y, CPUArray):
         return kernels.merge_heads(y)
     B, n_head, T, head_dim = y.shape
     return y.swapaxes(1, 2).reshape(B, T, n_head * head_dim)  # by way of (B, T, n_head, head_dim)
 
 
+@operation
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Mean of -log softmax(logits)[target] over the targets that are not -1, in float32.
 
@@ -306,11 +319,12 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return losses.sum() / mx.maximum(counted.sum(), 1)
 
 
+@operation
 def linear_cross_entropy(x: Array, weight: Matrix, targets: Array) -> Array:
     """cross_entropy(x W^T, targets). x (..., C), weight (V, C), targets (...) -> scalar.
 
     The kernel makes the logits (..., V) of some rows at a time, and their gradient with them.
     """
-    if isinstance(x, np.ndarray):
+    if isinstance(x, CPUArray):
         return kernels.linear_cross_entropy(x, weight, targets)
     return cross_entropy(linear(x, weight), targets)

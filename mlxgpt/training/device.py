@@ -9,7 +9,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from ..cpu import extension
 from ..cpu import operations as kernels
+from ..cpu.array import Array
+from ..cpu.tape import Parameter, Tape
 from ..model import ops
 from ..model.config import GPTConfig
 
@@ -22,7 +25,7 @@ def peak_flops(dtype: str) -> float:
     A second call gives the first one's answer.
     """
     compute = getattr(mx, dtype)
-    return _peak_flops(compute, mx.default_device().type == mx.gpu, kernels.available(compute))
+    return _peak_flops(compute, mx.default_device().type == mx.gpu, extension.available(compute))
 
 
 @functools.cache
@@ -51,8 +54,8 @@ def _product(n: int, dtype: mx.Dtype, on_kernels: bool) -> Callable[[], object]:
     x, weight = (mx.random.normal((n, n), key=mx.random.key(seed)).astype(dtype) for seed in (0, 1))
     mx.eval(x, weight)
     if on_kernels:
-        rows = np.asarray(x)
-        return lambda: ops.linear(rows, weight)
+        rows, matrix = Array(np.asarray(x), Tape(records=False)), Parameter(weight)
+        return lambda: kernels.linear(rows, matrix).values
     return lambda: mx.eval(ops.linear(x, weight))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from ..cpu import operations as kernels
+from ..common.modules import with_parameters
+from ..cpu import extension
+from ..cpu.entry import OnKernels
+from ..cpu.memory import zero
+from ..cpu.tape import ParameterGradient, Tape
+from ..model import ops
 from ..model.gpt import GPT
 from .distributed import Group
 from .optim import AdamW, learning_rate
@@ -23,65 +27,53 @@ Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
 class Trainer:
     """A model, its optimizer, and the two things done with them: a step, and an evaluation.
 
-    The weights and the optimizer's state are float32; with dtype bfloat16 the loss and its gradient are
-    computed in bfloat16 from a copy of the weights. On a GPU both are compiled. Of a `group` every rank makes the
-    same step, each on batches of its own.
+    The weights and the optimizer's state are float32; with dtype bfloat16 the loss and its gradient are computed in
+    bfloat16 from a copy of the weights. On a GPU both are compiled. With several ranks, all take the same step on
+    different batches.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, group: Group | None = None) -> None:
-        """Weights and state are the same on all ranks of the group, if the process is one of several."""
+    def __init__(
+        self, model: GPT, config: TrainConfig, group: Group | None = None, *, compiled: bool | None = None
+    ) -> None:
+        """Weights and state are the same on all ranks of the group, if the process is one of several.
+
+        compiled: whether steps are compiled where the kernels don't compute them; None for config.compile on a GPU.
+        """
         self.model, self.config, self.group = model, config, group or Group()
         self.optimizer = AdamW(config)
         self.optimizer.init(model.trainable_parameters())
         self.steps = 0  # taken or skipped
         self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
         model.grad_checkpoint = config.grad_checkpoint
-        compute = getattr(mx, config.dtype)
-
-        def cast(weights: dict[str, Any]) -> None:
-            model.update(tree_map(lambda w: w.astype(compute), weights))
-
-        def loss(trained: dict[str, Any], x: mx.array, y: mx.array) -> mx.array:
-            cast(trained)
-            return model.loss(x, y)
-
-        def with_weights(function: Callable[..., Any], x: mx.array, y: mx.array) -> Any:
-            weights, trained = model.parameters(), model.trainable_parameters()
-            cast(weights)  # the frozen ones here, where no gradient is taken
-            result = function(trained, x, y)
-            model.update(weights)  # the float32 ones again
-            return result
-
-        def gradient(x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
-            return with_weights(mx.value_and_grad(loss), x, y)
-
-        def update(gradients: dict[str, Any], loss: mx.array) -> mx.array:
-            return self.optimizer.update_if_finite(model, gradients, loss, config.grad_clip)
-
-        def evaluation(x: mx.array, y: mx.array) -> mx.array:
-            return with_weights(loss, x, y)
-
-        if _compiles(config):
+        self._dtype = getattr(mx, config.dtype)
+        self._in_place = extension.available(self._dtype)
+        # On the kernels, kept from step to step: the gradients' memory, and the model over the arrays that it has.
+        self._gradients: list[mx.array] = []
+        self._on_kernels: OnKernels | None = None
+        self._arrays: list[mx.array] = []
+        self._all_are_trained = len(model.trainable_weights()) == len(model.named_weights())
+        gradient, update, evaluation = self._loss_and_gradient, self._update_if_finite, self._loss
+        if compiled is None:
+            compiled = config.compile and mx.default_device().type == mx.gpu
+        if compiled and not self._in_place:
             state = [model.state, self.optimizer.state]
             gradient = mx.compile(gradient, [model.state, mx.random.state], [mx.random.state])
             update = mx.compile(update, state, state)
             evaluation = mx.compile(evaluation, [model.state])
         self._gradient, self._update, self._evaluation = gradient, update, evaluation
-        self._in_place = kernels.available(compute)
-        self._gradients: list[mx.array] = []
 
-    def step(self, batches: Sequence[Batch]) -> mx.array:
-        """One optimizer step on the mean gradient of some micro-batches, all ranks' together -> their mean loss, a
-        scalar.
+    def step(self, batches: Sequence[Batch], before_update: Callable[[], None] = lambda: None) -> mx.array:
+        """One optimizer step on the mean gradient of some micro-batches, of all ranks together -> their mean loss.
 
-        Where that or the gradient's norm is not finite, weights and optimizer stay as they were: the step is skipped.
+        Where the loss (a scalar) or the gradient's norm is not finite, weights and optimizer stay as they were: the
+        step is skipped. before_update is called before arrays change in place, which they do on the CPU's kernels.
         """
         if not self.model.training:
             self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
         self.steps += 1
         if self._in_place:
-            return self._step_in_place(batches)
+            return self._step_in_place(batches, before_update)
         loss, gradients = self._gradient_of(0, batches[0])
         for n, batch in enumerate(batches[1:], 1):
             mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
@@ -95,44 +87,84 @@ class Trainer:
         mx.async_eval(loss, self.norm, self.model.state, self.optimizer.state)
         return loss
 
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over some batches, without dropout; each rank takes its share of them."""
+        self.model.eval()
+        mine = batches[self.group.rank :: self.group.size]
+        return self.group.sum(sum(map(self._loss_without_gradient, mine)))[0] / len(batches)
+
+    def _loss_without_gradient(self, batch: Batch) -> float:
+        if self._in_place:
+            return float(ops.without_gradient(self.model, GPT.loss, *batch))
+        return float(self._evaluation(*map(mx.array, batch)))
+
     def _gradient_of(self, n: int, batch: Batch) -> tuple[mx.array, dict[str, Any]]:
-        self._begin(n)
+        self._seed_dropout(n)
         return self._gradient(*map(mx.array, batch))
 
-    def _begin(self, n: int) -> None:
-        """Puts MLX's generator, which dropout masks are drawn from, where the step and this rank's n-th micro-batch
-        say: a run may be broken off, and go on with other ranks, and has the same masks."""
-        if self.model.config.dropout:
-            place = self.config.seed, self.steps, self.group.rank + n * self.group.size
-            mx.random.seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+    def _seed_dropout(self, n: int) -> None:
+        """Seeds MLX's generator, which dropout masks are drawn from, for this rank's n-th micro-batch of the step.
 
-    def _step_in_place(self, batches: Sequence[Batch]) -> mx.array:
-        """The same on the CPU's kernels, in memory that is kept from step to step."""
+        The masks follow from the run's seed and the numbers of step and micro-batch: a run that is resumed, on any
+        number of ranks, has the same ones.
+        """
+        if self.model.config.dropout:
+            numbers = self.config.seed, self.steps, self.group.rank + n * self.group.size
+            mx.random.seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+    # ---- by MLX's operations ----
+
+    def _cast(self, weights: Any) -> Any:
+        """Weights as the loss is computed from them."""
+        return tree_map(lambda w: w.astype(self._dtype), weights)
+
+    def _loss(self, x: mx.array, y: mx.array) -> mx.array:
+        return with_parameters(self.model, self._cast(self.model.parameters())).loss(x, y)
+
+    def _loss_and_gradient(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
+        """The loss, and its gradient with respect to the float32 weights that are trained."""
+        frozen = with_parameters(self.model, self._cast(self.model.parameters()))  # outside of the gradient
+
+        def loss(trained: dict[str, Any]) -> mx.array:
+            return with_parameters(frozen, self._cast(trained)).loss(x, y)
+
+        return mx.value_and_grad(loss)(self.model.trainable_parameters())
+
+    def _update_if_finite(self, gradients: dict[str, Any], loss: mx.array) -> mx.array:
+        return self.optimizer.update_if_finite(self.model, gradients, loss, self.config.grad_clip)
+
+    # ---- on the CPU's kernels ----
+
+    def _step_in_place(self, batches: Sequence[Batch], before_update: Callable[[], None]) -> mx.array:
+        """step() on the CPU's kernels, in memory that is kept from step to step."""
         weights = self.optimizer.own_weights(self.model)
-        if not self._gradients:
-            self._gradients = [mx.zeros(w.shape) for w in weights]
-        kernels.zero(self._gradients)
-        add = functools.partial(kernels.add_gradients, weights, self._gradients, 1 / len(batches), self.model.loss)
-        losses = []
-        for n, (x, y) in enumerate(batches):
-            self._begin(n)
-            losses.append(add(mx.array(x), mx.array(y)).item())
+        on_kernels = self._model_on_kernels(weights)
+        zero(self._gradients)
+        losses, scale = [], 1 / len(batches)
+        for n, batch in enumerate(batches):
+            self._seed_dropout(n)
+            loss = on_kernels.run(GPT.loss, Tape(loss_scale=scale), *batch)
+            loss.backward(scale)
+            losses.append(float(loss.values))
         mean = mx.array(sum(losses) / len(losses))
-        loss, gradients = self.group.average((mean, self._gradients))
+        mean, gradients = self.group.average((mean, self._gradients))
         norm = math.nan
-        if math.isfinite(float(loss)):
+        if math.isfinite(float(mean)):
+            before_update()
             norm = self.optimizer.update_in_place(weights, gradients, self.config.grad_clip)
         self.norm = mx.array(norm, mx.float64)  # it may be finite where a float32 is not
-        return loss
+        return mean
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over some batches, without dropout; of several ranks each takes its share of them."""
-        self.model.eval()
-        loss = functools.partial(kernels.run, self.model.loss) if self._in_place else self._evaluation
-        ours = (float(loss(mx.array(x), mx.array(y))) for x, y in batches[self.group.rank :: self.group.size])
-        return self.group.sum(sum(ours))[0] / len(batches)
-
-
-def _compiles(config: TrainConfig) -> bool:
-    """On a GPU; the CPU's kernels run at once and leave no graph to compile."""
-    return config.compile and mx.default_device().type == mx.gpu
+    def _model_on_kernels(self, weights: list[mx.array]) -> OnKernels:
+        """The model over the arrays that it has now; made anew only when somebody has put other arrays into it."""
+        frozen = [] if self._all_are_trained else list(self.model.named_weights().values())
+        arrays = [*weights, *frozen]
+        if self._on_kernels is None or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
+            trained = self.model.trainable_weights()
+            if not self._gradients:
+                self._gradients = [mx.zeros(w.shape) for w in trained.values()]
+                mx.eval(self._gradients)
+            gradients = zip(trained, self._gradients, strict=True)
+            self._on_kernels = OnKernels(self.model, {name: ParameterGradient(g.shape, g) for name, g in gradients})
+            self._arrays = arrays
+        return self._on_kernels

@@ -7,7 +7,7 @@ import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import memory
 
 _core = pytest.importorskip("mlxgpt._core")
 
@@ -424,16 +424,16 @@ def test_copy(switch_off_kernels, dtype, into, turned, extension):
     values = mx.array(normal(70, 131)).astype({"f4": mx.float32, "f2": mx.float16, "u2": mx.bfloat16}[dtype])
     expected = np.array(values.astype(mx.float32))
     bits = np.array(values.view(mx.uint16) if dtype == "u2" else values)
-    memory = np.frombuffer(b"!" + np.ascontiguousarray(bits.T if turned else bits).tobytes(), np.uint8).copy()
-    x = memory[1:].view(f"<{dtype}").reshape(bits.T.shape if turned else bits.shape)
+    stored = np.frombuffer(b"!" + np.ascontiguousarray(bits.T if turned else bits).tobytes(), np.uint8).copy()
+    x = stored[1:].view(f"<{dtype}").reshape(bits.T.shape if turned else bits.shape)
     x = x.T if turned else x
     out = np.zeros(x.shape, into)
-    assert kernels.copy(x, out)
+    assert memory.copy(x, out)
     np.testing.assert_array_equal(out, expected if into == "f4" else bits)
     for value, finite in [(np.inf, False), (np.nan, False), (-np.inf, False), (65504, True)]:
         low = mx.array(value).astype(values.dtype)
         x[17, 130] = np.array(low.view(mx.uint16) if dtype == "u2" else low)
-        assert kernels.copy(x, out) == finite, value
+        assert memory.copy(x, out) == finite, value
 
 
 @pytest.mark.parametrize(

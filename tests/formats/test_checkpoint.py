@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.data import tokenizer
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
@@ -193,7 +193,7 @@ def test_weights_stay_in_the_type_of_the_file_if_none_is_asked_for(saved, dtype)
     rewrite(saved, lambda weights: weights.update({name: t.astype(dtype) for name, t in weights.items()}))
     for name, p in checkpoint.load_model(saved, dtype=None).named_weights().items():
         # the kernels read matrices of any type, and positions and vectors of float32
-        widened = kernels.available() and (p.ndim == 1 or name == "wpe.weight")
+        widened = extension.available() and (p.ndim == 1 or name == "wpe.weight")
         assert p.dtype == (mx.float32 if widened else dtype)
         assert mx.array_equal(p, original[name].astype(dtype)).item(), name
     for name, p in checkpoint.load_model(saved, dtype=mx.bfloat16).named_weights().items():

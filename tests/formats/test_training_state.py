@@ -23,7 +23,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxgpt.common import disk
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import safetensors_file, training_state
@@ -336,7 +336,7 @@ def test_a_reader_never_sees_half_of_one(tmp_path):
     assert len(set(seen)) > 5
 
 
-@pytest.mark.skipif(not kernels.available(), reason="without the kernels no array is changed in place")
+@pytest.mark.skipif(not extension.available(), reason="without the kernels no array is changed in place")
 @pytest.mark.parametrize(("overtaken_at", "while_written"), [(1, False), (4, False), (4, True), (1000, False)])
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, overtaken_at, while_written):
     """The state written is that of the moment of save(), though arrays change in place before and while they are."""
@@ -370,7 +370,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, overta
         checkpoints.save(trainer.model, CHARS, TrainingState(trainer.optimizer, step, None, {}), False)
         if overtaken_at < 1000:
             assert halted.wait(5)
-        trainer.step([batch])
+        trainer.step([batch], checkpoints.before_update)
         go.set()
         checkpoints.wait()
         model, optimizer = checkpoint.load_model(at(tmp_path, step)), AdamW(TrainConfig())
@@ -390,7 +390,7 @@ def test_a_full_disk_leaves_the_last_one_and_stops_with_a_line(run):
         checkpoints._thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    state.optimizer.before_update()  # waits for nobody
+    checkpoints.before_update()  # waits for nobody
     message = f"^{at(run, 12)}: the checkpoint can't be written: File too large; {at(run, 9)} is kept$"
     with pytest.raises(OSError, match=message):
         checkpoints.check()
@@ -561,7 +561,7 @@ def test_steps_that_overtake_one_checkpoint_leave_it_as_it_was(tmp_path, monkeyp
     checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(model, None, TrainingState(trainer.optimizer, 1, None, {}), best=False)
     for _ in range(3):
-        trainer.step([batch])
+        trainer.step([batch], checkpoints.before_update)
     go_on.set()
     checkpoints.wait()
     saved = checkpoint.load_model(tmp_path / "last").named_weights()

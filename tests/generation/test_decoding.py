@@ -79,12 +79,12 @@ def test_a_repeated_step_gives_the_logits_of_every_position(backend):
     whole = np.array(model(mx.array(ids)))  # (2, T, V)
     for T_step in (1, 3):
         cache = KVCache(2, T, 2)
-        step = ops.repeated(model.__call__, cache)
+        step = ops.repeated(model, GPT.__call__, cache)
         for at in range(0, T, T_step):
             part = ids[:, at : at + T_step]
             logits = np.array(step(part if backend == "kernels" else mx.array(part)))
             np.testing.assert_allclose(logits, whole[:, at : at + T_step], atol=1e-5)
-        full = ops.repeated(model.__call__, cache)  # that has not run yet
+        full = ops.repeated(model, GPT.__call__, cache)  # that has not run yet
         for _ in range(2):
             with pytest.raises(ValueError, match="at most block_size"):
                 full(part if backend == "kernels" else mx.array(part))
@@ -251,9 +251,9 @@ def test_a_good_draft_saves_steps_of_the_model(monkeypatch):
     model, calls = random_model(), []
     repeated = ops.repeated
 
-    def counting(method, cache):
-        step = repeated(method, cache)
-        return lambda ids: (calls.append(method.__self__), step(ids))[1]
+    def counting(of, method, cache):
+        step = repeated(of, method, cache)
+        return lambda ids: (calls.append(of), step(ids))[1]
 
     monkeypatch.setattr(ops, "repeated", counting)
     draft = random_model()  # the same weights

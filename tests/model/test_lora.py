@@ -114,7 +114,7 @@ def test_gradients_with_dropout_are_the_slope(base):
     ops.use_device("cpu")
     model = adapted(base, random=True)
     for block in model.h:
-        block.attn.dropout = block.mlp.dropout = 0.2
+        block.attn.dropout_p = block.mlp.dropout_p = 0.2
     model.train()
 
     def loss(flat):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlxgpt import inspect
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.model import ops
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
@@ -41,7 +41,7 @@ def test_the_peak_is_a_speed_that_a_product_can_have(switch_off_kernels, on_kern
     assert mx.random.state[0].tolist() == random
     n = 256
     x, weight = np.ones((n, n), np.float32), mx.ones((n, n))
-    rows = x if kernels.available() else mx.array(x)
+    rows = x if extension.available() else mx.array(x)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

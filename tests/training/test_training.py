@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
+from mlxgpt.cpu.array import Array
 from mlxgpt.model import ops
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
@@ -79,9 +80,14 @@ def test_only_matrices_decay():
 
 def test_accumulated_micro_batches_are_one_large_batch(monkeypatch, switch_off_kernels):
     switch_off_kernels()  # the kernels are tested in test_optim.py
-    trainer = training.Trainer(GPT(TINY), TrainConfig(model=TINY))
+    trainer = training.Trainer(GPT(TINY), TrainConfig(model=TINY), compiled=False)
     seen = []
-    monkeypatch.setattr(trainer, "_update", lambda gradients, loss: seen.append(dict(tree_flatten(gradients))))
+
+    def update(self, model, gradients, loss, max_norm):
+        seen.append(dict(tree_flatten(gradients)))
+        return mx.array(0.0)
+
+    monkeypatch.setattr(AdamW, "update_if_finite", update)
     parts = batches(1, 3)
     whole = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     losses = [trainer.step(micro_batches).item() for micro_batches in (parts, [whole])]
@@ -102,15 +108,15 @@ def test_clipping_bounds_the_gradient(switch_off_kernels):
     assert squares**0.5 == pytest.approx(1e-3, rel=1e-3)
 
 
-def take(path: str, monkeypatch: pytest.MonkeyPatch, switch_off_kernels) -> None:
-    """Steps are taken on the CPU's kernels, or by MLX's own operations, compiled as on a GPU or not."""
+def trainer_on(path: str, switch_off_kernels, model: GPT, config: TrainConfig, *group: Group) -> training.Trainer:
+    """A trainer whose steps are taken on the CPU's kernels, or by MLX's operations, compiled as on a GPU or not."""
     if path == "kernels":
         ops.use_device("cpu")
-        if not kernels.available():
+        if not extension.available():
             pytest.skip("the extension is not there")
     else:
         switch_off_kernels()
-        monkeypatch.setattr(training, "_compiles", lambda config: path == "compiled")
+    return training.Trainer(model, config, *group, compiled=path == "compiled")
 
 
 SMALL = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
@@ -119,15 +125,15 @@ SMALL = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
 @pytest.mark.parametrize("path", ["kernels", "eager"])
 @pytest.mark.parametrize("fault", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, switch_off_kernels, path, fault):
-    take(path, monkeypatch, switch_off_kernels)
-    trainer, other = (training.Trainer(GPT(SMALL), TrainConfig(warmup_iters=0, model=SMALL)) for _ in range(2))
+    config = TrainConfig(warmup_iters=0, model=SMALL)
+    trainer, other = (trainer_on(path, switch_off_kernels, GPT(SMALL), config) for _ in range(2))
     other.model.update(tree_map(lambda p: mx.array(np.array(p)), trainer.model.parameters()))
     some = batches(3, 4, SMALL)
     for t in (trainer, other):
         t.step(some[:1])
     before = arrays_of(trainer)
     with monkeypatch.context() as faulty:
-        spoil(faulty, trainer, path, fault)
+        spoil(faulty, fault)
         loss = trainer.step(some[1:2]).item()
     assert (np.isfinite(loss), np.isfinite(trainer.norm.item())) == (fault == "gradient", False)
     for name, a in arrays_of(trainer).items():
@@ -138,44 +144,34 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, switch_off_kerne
     assert np.isfinite(trainer.norm.item()) and np.isfinite(losses[0]).all()
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, trainer: training.Trainer, path: str, fault: str) -> None:
-    """Makes the next step's loss infinite, or one element of its gradient."""
-    if path == "kernels":
-        add_gradients = kernels.add_gradients
+def spoil(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Makes the loss infinite, or its gradient NaN."""
+    loss_of = GPT.loss
 
-        def spoilt(weights, gradients, *args):
-            loss = add_gradients(weights, gradients, *args)
-            if fault == "loss":
-                return mx.array(np.inf)
-            kernels._view(gradients[3])[..., 1] = np.nan
-            return loss
+    def spoilt(model, ids, targets):
+        loss = loss_of(model, ids, targets)
+        if isinstance(loss, mx.array):  # the slope of a square root at 0 is infinite
+            return loss * mx.inf if fault == "loss" else loss + mx.sqrt(loss - loss)
+        gradient = loss.tape.gradient_for((), loss)
+        loss.tape.record(gradient, lambda dloss: loss.gradient.add(dloss * np.float32(np.nan)))
+        return Array(loss.values * np.inf if fault == "loss" else loss.values, loss.tape, gradient)
 
-        monkeypatch.setattr(kernels, "add_gradients", spoilt)
-        return
-    gradient = trainer._gradient
-
-    def spoilt_too(x, y):
-        loss, gradients = gradient(x, y)
-        if fault == "loss":
-            return mx.array(np.inf), gradients
-        gradients["h"][0]["ln_1"]["weight"] = mx.full(SMALL.n_embd, np.inf)
-        return loss, gradients
-
-    monkeypatch.setattr(trainer, "_gradient", spoilt_too)
+    monkeypatch.setattr(GPT, "loss", spoilt)
 
 
 @pytest.mark.parametrize("path", ["kernels", "eager", "compiled"])
-def test_blocks_that_are_computed_again_give_the_same_gradients(monkeypatch, switch_off_kernels, path):
+def test_blocks_that_are_computed_again_give_the_same_gradients(switch_off_kernels, path):
     """With dropout, whose masks are the same both times; compiled, against what is not."""
     config = dataclasses.replace(SMALL, n_layer=2 if path != "compiled" else 1, dropout=0.3)
     start = GPT(config).parameters()
     runs = []
     for again in (False, True):
-        take(path if again or path != "compiled" else "eager", monkeypatch, switch_off_kernels)
+        how = path if again or path != "compiled" else "eager"
         mx.random.seed(3)
         model = GPT(config)
         model.update(tree_map(lambda p: mx.array(np.array(p)), start))
-        trainer = training.Trainer(model, TrainConfig(grad_checkpoint=again, warmup_iters=0, model=config))
+        options = TrainConfig(grad_checkpoint=again, warmup_iters=0, model=config)
+        trainer = trainer_on(how, switch_off_kernels, model, options)
         assert model.grad_checkpoint == again
         losses = [trainer.step(batches(n, 2, config)).item() for n in range(3)]
         runs.append((losses, trainer.norm.item(), arrays_of(trainer), trainer.evaluate(batches(9, 1, config))))
@@ -227,7 +223,7 @@ def test_bfloat16_keeps_float32_weights_and_learns():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_compiled_step_is_the_step(monkeypatch, switch_off_kernels, dtype):
+def test_the_compiled_step_is_the_step(switch_off_kernels, dtype):
     """What a GPU runs, here on any device: MLX compiles for the CPU too, if a C++ compiler is there."""
     switch_off_kernels()
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
@@ -236,21 +232,19 @@ def test_the_compiled_step_is_the_step(monkeypatch, switch_off_kernels, dtype):
     for compiled in (False, True):
         model = GPT(model_config)
         model.update(start)
-        config = TrainConfig(compile=compiled, learning_rate=1e-2, warmup_iters=2, dtype=dtype, model=model_config)
-        monkeypatch.setattr(training, "_compiles", lambda config: config.compile)
-        trainer = training.Trainer(model, config)
+        config = TrainConfig(learning_rate=1e-2, warmup_iters=2, dtype=dtype, model=model_config)
+        trainer = training.Trainer(model, config, compiled=compiled)
         losses[compiled] = [trainer.step(batches(n, 2, model_config)).item() for n in range(6)]
         losses[compiled].append(trainer.evaluate(batches(9, 1, model_config)))
     assert losses[True] == pytest.approx(losses[False], rel=1e-4 if dtype == "float32" else 2e-2)
     assert len(set(losses[True])) == 7
 
 
-def test_compiled_dropout_draws_anew_at_each_step(monkeypatch, switch_off_kernels):
+def test_compiled_dropout_draws_anew_at_each_step(switch_off_kernels):
     switch_off_kernels()
-    monkeypatch.setattr(training, "_compiles", lambda config: True)
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
-    trainer = training.Trainer(GPT(model_config), config)
+    trainer = training.Trainer(GPT(model_config), config, compiled=True)
     (batch,) = batches(0, 1, model_config)
     assert len({trainer.step([batch]).item() for _ in range(5)}) == 5
     assert len({trainer.evaluate([batch]) for _ in range(3)}) == 1
@@ -258,15 +252,14 @@ def test_compiled_dropout_draws_anew_at_each_step(monkeypatch, switch_off_kernel
 
 @pytest.mark.parametrize("restored_after", [0, 2])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_steps_go_on_from_a_restored_state(monkeypatch, switch_off_kernels, compiled, restored_after):
+def test_steps_go_on_from_a_restored_state(switch_off_kernels, compiled, restored_after):
     """Compiled as on a GPU, and in place on the CPU's kernels, where they are."""
     if compiled:
         switch_off_kernels()
-        monkeypatch.setattr(training, "_compiles", lambda config: True)
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16)
     config = TrainConfig(learning_rate=1e-2, warmup_iters=2, model=model_config)
     some = batches(5, 8, model_config)
-    trainer, other = (training.Trainer(GPT(model_config), config) for _ in range(2))
+    trainer, other = (training.Trainer(GPT(model_config), config, compiled=compiled) for _ in range(2))
     for batch in some[:4]:
         trainer.step([batch])
     for batch in some[:restored_after]:
@@ -283,11 +276,8 @@ def test_steps_go_on_from_a_restored_state(monkeypatch, switch_off_kernels, comp
 
 
 @pytest.mark.parametrize("how", ["kernels", "eager", "compiled"])
-def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(monkeypatch, switch_off_kernels, how):
+def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(switch_off_kernels, how):
     """Whatever was drawn before, and whoever computes them."""
-    if how != "kernels":
-        switch_off_kernels()
-        monkeypatch.setattr(training, "_compiles", lambda config: how == "compiled")
     model_config = GPTConfig(block_size=16, vocab_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     config = TrainConfig(learning_rate=1e-12, warmup_iters=0, model=model_config)
     start, parts = GPT(model_config).parameters(), batches(0, 4, model_config)
@@ -296,7 +286,7 @@ def test_dropout_masks_are_those_of_the_step_and_the_micro_batch(monkeypatch, sw
         model, group = GPT(model_config), Group()
         model.update(start)
         group.rank, group.size = rank, size
-        trainer = training.Trainer(model, config, group)
+        trainer = trainer_on(how, switch_off_kernels, model, config, group)
         trainer.steps = 7
         mx.random.uniform()
         return trainer.step(some).item()
