@@ -1,8 +1,8 @@
 #!/bin/sh
-# Builds csrc/ with every compiler that it must build with, and runs csrc/test_kernels.cpp from each build:
+# Builds csrc/ with every compiler that it must build with, and runs csrc/tests/test_kernels.cpp from each build:
 # GCC, Clang with libc++ (as on macOS), 64-bit Arm under emulation (the NEON kernels), the AVX-512 kernels
 # emulated by SIMDe, and the address, undefined-behaviour and thread sanitizers. Where the processor is this one,
-# csrc/test_products.cpp too, with a plain CBLAS: Accelerate's calls are the same. Run from anywhere; exit
+# csrc/tests/test_products.cpp too, with a plain CBLAS: Accelerate's calls are the same. Run from anywhere; exit
 # status 1 if one fails. A target's tests run while the next one is built.
 #
 #   scripts/check_targets.sh [NAME...]     names: asan arm tsan avx512 clang gcc; all if none is given

@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#include "attention.h"
+#include "kernels/attention_kernel.h"
 
 namespace {
 

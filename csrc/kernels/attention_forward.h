@@ -6,7 +6,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "attention.h"
+#include "kernels/attention_kernel.h"
 
 namespace {
 

@@ -3,8 +3,8 @@
 // Included by target_<isa>.cpp behind that file's Vec.
 #pragma once
 
-#include "random.h"
-#include "vectors.h"
+#include "kernels/philox.h"
+#include "kernels/vector_loops.h"
 
 namespace {
 

@@ -14,7 +14,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "vectors.h"
+#include "kernels/vector_loops.h"
 
 namespace {
 

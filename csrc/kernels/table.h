@@ -178,7 +178,7 @@ struct Kernels {
     /// Writes one head's dropout factors, 0 or 1 / (1 - dropout), as T_q rows of T_k.
     void (*dropout_mask)(const AttentionHead& head, float* mask);
 
-    /// y[i] = f(x[i]) for n elements; errors in ulp are stated in math.h.
+    /// y[i] = f(x[i]) for n elements; errors in ulp are stated in vector_math.h.
     using Function = void(const float* x, float* y, ptrdiff_t n);
     Function *exp2_nonpositive, *exp, *log, *tanh, *erf;
 

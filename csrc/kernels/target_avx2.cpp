@@ -1,8 +1,8 @@
 // The kernels for x86-64 with AVX2 and FMA.
 #include <immintrin.h>
 
-#include "quants_x86.h"
-#include "table.h"
+#include "kernels/quants_x86.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -117,7 +117,7 @@ inline GroupSums group_sums(Vec a) { return {a.x}; }
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
 const Kernels kernels_avx2 = MLXGPT_KERNEL_TABLE("avx2");

@@ -1,8 +1,8 @@
 // The kernels for x86-64 with AVX-512 F, BW, DQ and VL (Skylake server, Ice Lake, Zen 4 and later).
 #include <immintrin.h>
 
-#include "quants_x86.h"
-#include "table.h"
+#include "kernels/quants_x86.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -126,7 +126,7 @@ inline GroupSums group_sums(Vec a) {
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
 #if defined(MLXGPT_VNNI)

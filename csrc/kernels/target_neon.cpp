@@ -2,7 +2,7 @@
 #include <arm_neon.h>
 #include <string.h>
 
-#include "table.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -180,7 +180,7 @@ inline GroupSums fma(IntSums a, float b, GroupSums c) {
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
 #if defined(MLXGPT_DOT)

@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "table.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -156,7 +156,7 @@ inline GroupSums fma(IntSums a, float b, GroupSums c) { return {static_cast<floa
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
 const Kernels kernels_scalar = MLXGPT_KERNEL_TABLE("scalar");

@@ -3,15 +3,15 @@
 // Included by target_<isa>.cpp behind that file's Vec.
 #pragma once
 
-#include "adamw.h"
-#include "attention_backward.h"
-#include "attention_forward.h"
-#include "cross_entropy.h"
-#include "elementwise.h"
-#include "few_rows.h"
-#include "gelu.h"
-#include "layer_norm.h"
-#include "math.h"
+#include "kernels/activation_kernel.h"
+#include "kernels/adamw_kernel.h"
+#include "kernels/attention_backward.h"
+#include "kernels/attention_forward.h"
+#include "kernels/cross_entropy_kernel.h"
+#include "kernels/elementwise.h"
+#include "kernels/few_rows.h"
+#include "kernels/layer_norm_kernel.h"
+#include "kernels/vector_math.h"
 
 namespace {
 

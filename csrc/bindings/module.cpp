@@ -9,18 +9,18 @@
 #include <string>
 #include <vector>
 
-#include "adamw.h"
-#include "arguments.h"
-#include "attention.h"
-#include "copy.h"
-#include "cross_entropy.h"
-#include "dispatch.h"
-#include "dropout.h"
-#include "embedding.h"
-#include "layer_norm.h"
-#include "linear.h"
-#include "parallel.h"
-#include "recording.h"
+#include "bindings/arguments.h"
+#include "bindings/recording.h"
+#include "ops/adamw.h"
+#include "ops/attention.h"
+#include "ops/copy.h"
+#include "ops/cross_entropy.h"
+#include "ops/dropout.h"
+#include "ops/embedding.h"
+#include "ops/layer_norm.h"
+#include "ops/linear.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
 
 namespace mlxgpt {
 namespace {
@@ -645,7 +645,7 @@ Gradients are multiplied by min(1, max_norm / (norm + 1e-6)) first, unless max_n
 One of x's axes has a stride of 1, and x may begin anywhere, as it does in a mapped file. out is contiguous, and
 of x's type or float32.)");
     m.def("_vector_math", &py_vector_math, "name"_a, "x"_a, "out"_a,
-          "A function of kernels/math.h, for tests.");
+          "A function of kernels/vector_math.h, for tests.");
 }
 
 }  // namespace

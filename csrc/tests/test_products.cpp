@@ -6,10 +6,10 @@
 #include <thread>
 #include <vector>
 
-#include "cross_entropy.h"
-#include "dispatch.h"
-#include "linear.h"
-#include "testing.h"
+#include "ops/cross_entropy.h"
+#include "ops/linear.h"
+#include "runtime/dispatch.h"
+#include "tests/testing.h"
 
 using namespace mlxgpt;
 

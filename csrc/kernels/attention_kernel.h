@@ -13,10 +13,10 @@
 // Included by target_<isa>.cpp behind that file's Vec.
 #pragma once
 
-#include "math.h"
-#include "random.h"
-#include "tile.h"
-#include "vectors.h"
+#include "kernels/philox.h"
+#include "kernels/tile.h"
+#include "kernels/vector_loops.h"
+#include "kernels/vector_math.h"
 
 namespace {
 

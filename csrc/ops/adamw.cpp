@@ -1,10 +1,10 @@
-#include "adamw.h"
+#include "ops/adamw.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
 
 namespace mlxgpt {
 namespace {

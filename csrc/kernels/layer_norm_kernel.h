@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#include "vectors.h"
+#include "kernels/vector_loops.h"
 
 namespace {
 

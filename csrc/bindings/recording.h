@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
+#include "bindings/arguments.h"
 
 namespace mlxgpt {
 namespace {

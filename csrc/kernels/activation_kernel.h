@@ -4,8 +4,8 @@
 // Included by target_<isa>.cpp behind that file's Vec.
 #pragma once
 
-#include "math.h"
-#include "vectors.h"
+#include "kernels/vector_loops.h"
+#include "kernels/vector_math.h"
 
 namespace {
 

@@ -5,9 +5,9 @@
 
 #include <math.h>
 
-#include "layer_norm.h"
-#include "math.h"
-#include "vectors.h"
+#include "kernels/layer_norm_kernel.h"
+#include "kernels/vector_loops.h"
+#include "kernels/vector_math.h"
 
 namespace {
 

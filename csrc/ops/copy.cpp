@@ -1,4 +1,4 @@
-#include "copy.h"
+#include "ops/copy.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "parallel.h"
-#include "split.h"
+#include "runtime/parallel.h"
+#include "runtime/split.h"
 
 namespace mlxgpt {
 namespace {

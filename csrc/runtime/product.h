@@ -1,10 +1,10 @@
 // Matrix products on the thread pool, over single-threaded calls of a BLAS.
 #pragma once
 
-#include "blas.h"
-#include "dispatch.h"
 #include "kernels/table.h"
-#include "split.h"
+#include "runtime/blas.h"
+#include "runtime/dispatch.h"
+#include "runtime/split.h"
 
 namespace mlxgpt {
 

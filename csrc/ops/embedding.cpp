@@ -1,8 +1,8 @@
-#include "embedding.h"
+#include "ops/embedding.h"
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "split.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+#include "runtime/split.h"
 
 namespace mlxgpt {
 

@@ -1,11 +1,11 @@
-#include "layer_norm.h"
+#include "ops/layer_norm.h"
 
 #include <algorithm>
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "scratch.h"
-#include "split.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+#include "runtime/scratch.h"
+#include "runtime/split.h"
 
 namespace mlxgpt {
 

@@ -12,11 +12,11 @@
 #include <thread>
 #include <vector>
 
-#include "attention.h"
-#include "copy.h"
-#include "dispatch.h"
-#include "parallel.h"
-#include "testing.h"
+#include "ops/attention.h"
+#include "ops/copy.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+#include "tests/testing.h"
 
 using namespace mlxgpt;
 

@@ -1,12 +1,12 @@
-#include "attention.h"
+#include "ops/attention.h"
 
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+#include "runtime/scratch.h"
 
 namespace mlxgpt {
 namespace {

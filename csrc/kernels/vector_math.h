@@ -1,5 +1,5 @@
 // Vector mathematics. Each function states its error bound in ulp, units in the last place of the exact
-// result; csrc/test_kernels.cpp and tests/test_vector_math.py hold it to that over the whole range of
+// result; csrc/tests/test_kernels.cpp and tests/test_vector_math.py hold it to that over the whole range of
 // float32.
 //
 // Included by target_<isa>.cpp behind that file's Vec.

@@ -1,9 +1,9 @@
-#include "linear.h"
+#include "ops/linear.h"
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "product.h"
-#include "scratch.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+#include "runtime/product.h"
+#include "runtime/scratch.h"
 
 namespace mlxgpt {
 namespace {

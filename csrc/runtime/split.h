@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 namespace mlxgpt {
 

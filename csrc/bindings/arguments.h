@@ -15,9 +15,9 @@
 #include <utility>
 #include <vector>
 
-#include "attention.h"
+#include "bindings/overlap.h"
 #include "kernels/table.h"
-#include "overlap.h"
+#include "ops/attention.h"
 
 namespace py = pybind11;
 

@@ -4,8 +4,8 @@
 // Included by target_<isa>.cpp behind that file's Vec.
 #pragma once
 
-#include "layer_norm.h"
-#include "vectors.h"
+#include "kernels/layer_norm_kernel.h"
+#include "kernels/vector_loops.h"
 
 namespace {
 

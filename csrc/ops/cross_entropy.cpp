@@ -1,12 +1,12 @@
-#include "cross_entropy.h"
+#include "ops/cross_entropy.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
-#include "parallel.h"
-#include "product.h"
-#include "scratch.h"
+#include "runtime/dispatch.h"
+#include "runtime/parallel.h"
+#include "runtime/product.h"
+#include "runtime/scratch.h"
 
 namespace mlxgpt {
 namespace {
