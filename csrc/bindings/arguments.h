@@ -1,12 +1,12 @@
-// What the bindings ask of their arguments: arrays as anything that exports a buffer, checked one by one and
-// against each other, each fault told in a line.
-//
-// Included by bindings.cpp alone.
+// The arguments of bindings: arrays are objects that export the buffer protocol. They are checked one by one
+// and against each other; a fault raises std::invalid_argument, ValueError in Python, with one line that says
+// which.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
@@ -22,7 +22,6 @@
 namespace py = pybind11;
 
 namespace mlxgpt {
-namespace {
 
 enum class Access { kRead, kReadUnaligned, kWrite };
 
@@ -33,18 +32,18 @@ std::string shape_text(const List& shape) {
     return "(" + text + (shape.size() == 1 ? ",)" : ")");
 }
 
-[[noreturn]] void fail(const std::string& where, const std::string& what) {
+[[noreturn]] inline void fail(const std::string& where, const std::string& what) {
     throw std::invalid_argument(where + ": " + what);
 }
 
-constexpr int kMostSize = 1 << 30;  // so that sums of sizes fit an int
+constexpr int kMostSize = 1 << 30;  // so that the sum of two sizes fits an int
 
-/// An argument's memory, and its name for messages.
+/// An argument's memory, with its name and its function's name for messages.
 struct Memory {
     std::string where, name;
     py::buffer_info info;
 
-    /// types: letters of the buffer protocol, told in words by `expected`.
+    /// types: the allowed letters of the buffer protocol; `expected` says the same in words.
     Memory(const char* where_, const std::string& name_, const py::buffer& buffer, Access access,
            const char* types, const char* expected)
         : where(where_), name(name_), info(buffer.request()) {
@@ -66,8 +65,10 @@ struct Memory {
         if (access == Access::kWrite) check_distinct_elements();
     }
 
-    /// The letter of the elements' type, 0 for one of several letters. NumPy puts '=', native order, before
-    /// it for unaligned arrays.
+    int size(size_t axis) const { return static_cast<int>(info.shape[axis]); }
+
+    /// The letter of the elements' type in the buffer protocol, or 0 if the format is not a single letter.
+    /// For unaligned arrays NumPy writes '=' (native byte order) before it.
     char type() const {
         const size_t at = info.format[0] == '=' || info.format[0] == '@' ? 1 : 0;
         return info.format.size() == at + 1 ? info.format[at] : '\0';
@@ -80,7 +81,8 @@ struct Memory {
                 fail(where, name + " is not contiguous");
     }
 
-    // Sorted by stride, each axis must step past all that the smaller ones span.
+    // No two elements share memory if each axis, in order of strides, steps past all that the axes before it
+    // span.
     void check_distinct_elements() const {
         std::vector<std::pair<py::ssize_t, py::ssize_t>> axes;
         for (size_t axis = 0; axis < info.shape.size(); ++axis)
@@ -94,7 +96,8 @@ struct Memory {
     }
 };
 
-/// Letters of the buffer protocol, and words for them. It has no bfloat16: that comes as its bits in uint16.
+/// Letters of the buffer protocol, and what they mean. It has none for bfloat16, which is passed as bits in
+/// uint16.
 struct Types {
     const char *letters, *text;
 };
@@ -102,7 +105,7 @@ constexpr Types kFloats{"feH", "float32 ('f'), float16 ('e') or bfloat16 bits in
 constexpr Types kWeights{
     "feHI", "float32 ('f'), float16 ('e'), bfloat16 bits in uint16 ('H') or quantized words in uint32 ('I')"};
 
-/// An array of floats, or of whatever else `types` has.
+/// An array of floats, or of another type in `types`.
 struct Array : Memory {
     Storage storage = Storage::kFloat32;
 
@@ -149,15 +152,20 @@ struct Array : Memory {
         expect_contiguous();
         return static_cast<float*>(info.ptr);
     }
+    /// The data of a float32 array of this shape without gaps.
+    float* contiguous(std::initializer_list<py::ssize_t> shape) const {
+        expect_shape(shape);
+        return contiguous();
+    }
 };
 
-/// The values of int32 ids, and their name for messages.
+/// The values of an argument of int32 ids, with its name for messages.
 struct Values {
     const int32_t* data = nullptr;
     py::ssize_t size = 0;
     std::string where, name;
 
-    /// That each is in [least, limit).
+    /// Fails unless each value is in [least, limit); least is 0 or -1.
     void expect_within(int least, py::ssize_t limit, const char* what = "id") const {
         for (py::ssize_t i = 0; i < size; ++i)
             if (data[i] < least || data[i] >= limit)
@@ -166,7 +174,7 @@ struct Values {
     }
 };
 
-/// int32 ids without gaps.
+/// An argument of int32 ids, without gaps.
 struct Ids : Memory {
     Ids(const char* where_, const char* name_, const py::buffer& buffer)
         : Memory(where_, name_, buffer, Access::kRead, "i", "int32 ('i')") {
@@ -174,16 +182,21 @@ struct Ids : Memory {
     }
     Values values() const { return {static_cast<const int32_t*>(info.ptr), info.size, where, name}; }
 
-    /// The ids, each in [least, limit).
+    void expect_length(int n) const {
+        if (info.ndim != 1 || info.shape[0] != n)
+            fail(where, name + " is " + shape_text(info.shape) + ", expected (" + std::to_string(n) + ",)");
+    }
+
+    /// Checks that each id is in [least, limit), and returns them.
     const int32_t* within(int least, py::ssize_t limit) const {
         values().expect_within(least, limit);
         return static_cast<const int32_t*>(info.ptr);
     }
 };
 
-/// No output may share memory with another argument. Null pointers are arguments that are None.
-void expect_distinct(std::initializer_list<const Memory*> outputs,
-                     std::initializer_list<const Memory*> inputs) {
+/// Fails if an output shares memory with another argument. Null pointers stand for arguments that are None.
+inline void expect_distinct(std::initializer_list<const Memory*> outputs,
+                            std::initializer_list<const Memory*> inputs) {
     const auto layout = [](const Memory* m) {
         return Layout{m->info.ptr, m->info.itemsize, m->info.shape, m->info.strides};
     };
@@ -212,8 +225,9 @@ struct MaybeArray {
     const Array* operator->() const { return &*array; }
 };
 
-/// The elements from one row of a matrix to the next: rows are contiguous and lie behind one another.
-py::ssize_t stride_of_rows(const Array& a) {
+/// The distance in elements from one row of a matrix to the next. Rows must be contiguous and in ascending
+/// order.
+inline py::ssize_t stride_of_rows(const Array& a) {
     a.expect_unit_stride();
     const auto rows = a.info.shape[0], columns = a.info.shape[1];
     const auto stride = rows > 1 ? a.info.strides[0] / a.info.itemsize : columns;
@@ -223,23 +237,25 @@ py::ssize_t stride_of_rows(const Array& a) {
     return stride;
 }
 
-/// A matrix for a BLAS.
-Rows matrix(const Array& a) {
+/// A float32 matrix.
+inline Rows matrix(const Array& a) {
     a.expect_float32();
     return {static_cast<float*>(a.info.ptr), stride_of_rows(a)};
 }
 
-/// Checks a matrix's shape; gives its rows, none for None.
-Rows matrix(const MaybeArray& a, py::ssize_t rows, py::ssize_t columns) {
-    if (!a) return {};
-    a->expect_shape({rows, columns});
-    return matrix(*a.array);
+/// Checks a float32 matrix's shape. None gives null rows.
+inline Rows matrix(const Array& a, int rows, int columns) {
+    a.expect_shape({rows, columns});
+    return matrix(a);
+}
+inline Rows matrix(const MaybeArray& a, int rows, int columns) {
+    return a ? matrix(*a.array, rows, columns) : Rows{};
 }
 
-/// Checks weights (rows, columns) in any storage. Quantized ones, and they alone, have scales and biases,
-/// whose shapes tell bits and group.
-Weights weights_of(const Array& a, const MaybeArray& scales, const MaybeArray& biases, py::ssize_t rows,
-                   py::ssize_t columns) {
+/// Checks weights (rows, columns) in any storage. Quantized weights, and no others, have scales and biases;
+/// the shapes tell the number of bits and the size of a group.
+inline Weights weights_of(const Array& a, const MaybeArray& scales, const MaybeArray& biases,
+                          py::ssize_t rows, py::ssize_t columns) {
     Weights weights;
     weights.data = a.info.ptr;
     weights.storage = a.storage;
@@ -279,17 +295,23 @@ Weights weights_of(const Array& a, const MaybeArray& scales, const MaybeArray& b
     return weights;
 }
 
-float* contiguous(const MaybeArray& a, std::initializer_list<py::ssize_t> shape) {
-    if (!a) return nullptr;
-    a->expect_shape(shape);
-    return a->contiguous();
+/// Checks the shape of a float32 array without gaps. None gives null.
+inline float* contiguous(const MaybeArray& a, std::initializer_list<py::ssize_t> shape) {
+    return a ? a->contiguous(shape) : nullptr;
 }
 
-void expect_matrix(const Array& a, const char* shape) {
-    if (a.info.ndim != 2) fail(a.where, a.name + " is " + shape_text(a.info.shape) + ", expected " + shape);
+/// shape: the names of the axes, as in "(rows, n_in)".
+inline void expect_axes(const Memory& a, int n_axes, const char* shape) {
+    if (a.info.ndim != n_axes)
+        fail(a.where, a.name + " is " + shape_text(a.info.shape) + ", expected " + shape);
 }
 
-/// An array without gaps, of many.
+inline void expect_finite(const char* where, const char* name, double value) {
+    if (!std::isfinite(value))
+        fail(where, name + (" is " + std::to_string(value)) + ", expected a finite number");
+}
+
+/// One of many arrays, without gaps.
 struct Stretch {
     const float* begin;
     py::ssize_t size;
@@ -297,8 +319,9 @@ struct Stretch {
     bool written;
 };
 
-/// What is written may share no memory with another. By order in memory: pairs would be too many.
-void expect_distinct(const char* where, std::vector<Stretch> all) {
+/// Fails if an array that is written shares memory with another. The arrays are sorted by address, as there
+/// are too many to compare each pair.
+inline void expect_distinct(const char* where, std::vector<Stretch> all) {
     std::sort(all.begin(), all.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
     const Stretch *furthest = nullptr, *furthest_written = nullptr;
     const auto reaches = [](const Stretch* a, const Stretch& b) {
@@ -317,5 +340,4 @@ void expect_distinct(const char* where, std::vector<Stretch> all) {
     }
 }
 
-}  // namespace
 }  // namespace mlxgpt

@@ -1,4 +1,5 @@
-// Whether two strided arrays share memory, as the parts of a packed array do not.
+// Whether two strided arrays share memory. Views of one array may interleave without sharing an element, like
+// q, k and v in one packed array.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 
 namespace mlxgpt {
 
-/// Elements of `item` bytes at data + the sum of strides[axis] * index[axis], strides in bytes.
+/// An array: elements of `item` bytes at data + the sum of strides[axis] * index[axis], strides in bytes.
 struct Layout {
     const void* data;
     ptrdiff_t item;
@@ -20,7 +21,7 @@ struct Layout {
 
 namespace overlap {
 
-/// Where an array's first byte lies, and the end of its last.
+/// The addresses of an array's first byte and of the end of its last.
 inline std::pair<const char*, const char*> span(const Layout& a) {
     const char *begin = static_cast<const char*>(a.data), *end = begin + a.item;
     for (size_t axis = 0; axis < a.shape.size(); ++axis)
@@ -28,17 +29,18 @@ inline std::pair<const char*, const char*> span(const Layout& a) {
     return {begin, end};
 }
 
-/// A term stride * index of a distance, with least <= index <= most and stride > 0.
+/// One term, stride * index, of a distance in memory, with least <= index <= most and stride > 0.
 struct Term {
     ptrdiff_t stride = 0, least = 0, most = 0;
 };
 
 inline ptrdiff_t floor_of(ptrdiff_t a, ptrdiff_t b) { return a / b - (a % b < 0 ? 1 : 0); }
 
-/// Whether the terms from `first` on, largest stride first, can make up the distance.
+/// Whether the terms from `first` on can add up to the distance. Terms are in order of strides, largest
+/// first. Each try takes one of `steps`; without any left, the answer is yes.
 inline bool reach(const std::vector<Term>& terms, size_t first, ptrdiff_t distance, int& steps) {
     if (first == terms.size()) return distance == 0;
-    ptrdiff_t least = 0, most = 0;  // what the smaller terms make up
+    ptrdiff_t least = 0, most = 0;  // the range of the smaller terms' sum
     for (size_t i = first + 1; i < terms.size(); ++i) {
         least += terms[i].stride * terms[i].least;
         most += terms[i].stride * terms[i].most;
@@ -52,14 +54,14 @@ inline bool reach(const std::vector<Term>& terms, size_t first, ptrdiff_t distan
 
 }  // namespace overlap
 
-/// Whether a byte belongs to both arrays. In general as hard as an integer program; but where each stride
-/// exceeds all that the smaller ones span, as in views of one array, two or three indices are left to try for
-/// each. Where it takes more than 10,000 steps the answer is yes.
+/// Whether a byte belongs to both arrays. In general this is as hard as an integer program. But if each
+/// stride exceeds all that the smaller ones span, as in views of one array, only two or three indices of each
+/// axis need trying. If it takes more than 10,000 steps, the answer is yes.
 inline bool share_memory(const Layout& a, const Layout& b) {
     const auto [a_begin, a_end] = overlap::span(a);
     const auto [b_begin, b_end] = overlap::span(b);
     if (a_end <= b_begin || b_end <= a_begin) return false;
-    // Terms of (where in a) - (where in b), by stride. A byte within an element is one of stride 1.
+    // The terms of (offset in a) - (offset in b), by stride. A byte within an element has stride 1.
     std::map<ptrdiff_t, overlap::Term, std::greater<ptrdiff_t>> by_stride;
     const auto add = [&](ptrdiff_t stride, ptrdiff_t most) {  // stride * index, 0 <= index <= most
         if (stride == 0) return;

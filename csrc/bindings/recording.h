@@ -1,6 +1,4 @@
-// Kernel calls that are made once from Python and then again without it.
-//
-// Included by bindings.cpp alone.
+// Kernel calls that are recorded once and replayed without going through Python.
 #pragma once
 
 #include <functional>
@@ -12,9 +10,9 @@
 #include "bindings/arguments.h"
 
 namespace mlxgpt {
-namespace {
 
-/// Calls of kernels, to be made again on what the same arrays then hold. They stay alive as long as it does.
+/// Calls of kernels, with the arrays that they read and write. Replaying makes the calls again with the
+/// arrays' contents at that time.
 class Recording {
   public:
     Recording() = default;
@@ -22,7 +20,7 @@ class Recording {
     Recording& operator=(const Recording&) = delete;
 
     void start() {
-        if (active_ != nullptr) fail("recording", "one is being made already in this thread");
+        if (active_ != nullptr) fail("recording", "another is still being made in this thread");
         active_ = this;
     }
     void stop() {
@@ -37,8 +35,8 @@ class Recording {
     }
     size_t size() const { return calls_.size(); }
 
-    /// Makes a call, without the GIL, and records it if a recording is being made. `arguments` hold its
-    /// arrays.
+    /// Makes a call without the GIL, and adds it to the recording that is being made in this thread, if any.
+    /// `arguments` keep the call's arrays alive.
     template <class Call, class... Arguments>
     static void run(Call call, Arguments... arguments) {
         {
@@ -51,10 +49,8 @@ class Recording {
     }
 
   private:
-    static thread_local Recording* active_;
+    inline static thread_local Recording* active_ = nullptr;
     std::vector<std::function<void()>> calls_;
 };
-thread_local Recording* Recording::active_ = nullptr;
 
-}  // namespace
 }  // namespace mlxgpt

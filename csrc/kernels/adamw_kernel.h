@@ -1,10 +1,10 @@
 // AdamW (Loshchilov & Hutter 2019, algorithm 2) on one stretch of a parameter, and the sum of squares that
 // its clipping needs.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
-#include "kernels/layer_norm_kernel.h"
+#include "kernels/table.h"
 #include "kernels/vector_loops.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // Causal attention of one head, backward.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <math.h>
@@ -168,17 +168,17 @@ inline bool load_queries(const AttentionHead& head, BackwardScratch& s, int i0, 
     return finite;
 }
 
-size_t backward_scratch(int T_k, int D) { return BackwardScratch(nullptr, T_k, D).arena.used; }
+size_t attention_backward_scratch(int T_k, int D) { return BackwardScratch(nullptr, T_k, D).arena.used; }
 
 /// dk, then dv, as T_k rows of whole vectors.
-size_t kv_sums(int T_k, int D) { return 2 * static_cast<size_t>(T_k) * round_up(D, kLanes); }
+size_t attention_kv_sums(int T_k, int D) { return 2 * static_cast<size_t>(T_k) * round_up(D, kLanes); }
 
 void attention_backward(const AttentionHead& head, int first, int step, float* scratch, float* sums) {
     BackwardScratch s(scratch, head.T_k, head.D);
     const int D = head.D;
     float* dk = sums;
     float* dv = sums + static_cast<ptrdiff_t>(head.T_k) * s.ld;
-    for (size_t x = 0; x < kv_sums(head.T_k, D); ++x) sums[x] = 0.0F;
+    for (size_t x = 0; x < attention_kv_sums(head.T_k, D); ++x) sums[x] = 0.0F;
     float factors[kPanel];
     for (float& factor : factors) factor = head.scale;
 
@@ -200,7 +200,7 @@ void attention_backward(const AttentionHead& head, int first, int step, float* s
 
 void attention_write_kv(const AttentionHead& head, const float* sums, int n_parts) {
     const int ld = round_up(head.D, kLanes);
-    const size_t part = kv_sums(head.T_k, head.D);
+    const size_t part = attention_kv_sums(head.T_k, head.D);
     for (int j = 0; j < head.T_k; ++j)
         for (int d = 0; d < ld; d += kLanes) {
             const float* dk = sums + static_cast<ptrdiff_t>(j) * ld + d;

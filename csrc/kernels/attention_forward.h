@@ -1,6 +1,6 @@
 // Causal attention of one head, forward.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <float.h>
@@ -168,7 +168,7 @@ void copy_rows(StoredRows from, int n, int D, StoredRows to) {
     });
 }
 
-size_t forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).arena.used; }
+size_t attention_forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).arena.used; }
 
 void attention_forward(const AttentionHead& head, int first, int step, float* scratch) {
     if (head.T_q == 1 && head.dropout == 0.0F) {

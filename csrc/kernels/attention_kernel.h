@@ -10,10 +10,11 @@
 // O^T += V^T P^T takes the probabilities as they were stored. Only the queries are transposed, once
 // for all their keys. A panel is the number of queries that one register block holds.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include "kernels/philox.h"
+#include "kernels/table.h"
 #include "kernels/tile.h"
 #include "kernels/vector_loops.h"
 #include "kernels/vector_math.h"

@@ -1,11 +1,10 @@
 // Cross entropy of one row of logits, and its gradient in their place.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <math.h>
 
-#include "kernels/layer_norm_kernel.h"
 #include "kernels/vector_loops.h"
 #include "kernels/vector_math.h"
 
@@ -14,10 +13,7 @@ namespace {
 double cross_entropy(float* logits, int V, int target, float factor) {
     Vec tops = set(-INFINITY);
     for_vectors(V, [&](ptrdiff_t i, auto some) { tops = max(tops, some.read_or(-INFINITY, logits + i)); });
-    float lanes[kLanes];
-    store(lanes, tops);
-    float top = lanes[0];
-    for (int lane = 1; lane < kLanes; ++lane) top = lanes[lane] > top ? lanes[lane] : top;
+    const float top = largest(tops);
 
     // A NaN that the maximum passed over comes back in the sum.
     const Vec shift = set(top);

@@ -1,6 +1,6 @@
 // Layer normalisation (Ba et al. 2016) of rows, forward and backward.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <math.h>
@@ -8,24 +8,6 @@
 #include "kernels/vector_loops.h"
 
 namespace {
-
-/// Sum of value(i, some) over a row. Four sums at once hide the latency of the additions.
-template <class Value>
-inline float row_sum(int n, Value value) {
-    Vec sums[4] = {set(0.0F), set(0.0F), set(0.0F), set(0.0F)};
-    int i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-        for (int s = 0; s < 4; ++s) sums[s] = sums[s] + value(i + s * kLanes, Whole{});
-    for (; i + kLanes <= n; i += kLanes) sums[0] = sums[0] + value(i, Whole{});
-    if (i < n) {
-        // The lanes behind the row's end may hold anything.
-        float lanes[kLanes];
-        store(lanes, value(i, Part{n - i}));
-        for (int lane = n - i; lane < kLanes; ++lane) lanes[lane] = 0.0F;
-        sums[1] = sums[1] + load(lanes);
-    }
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
 
 void layer_norm_forward(const float* x, int n_rows, int n_cols, const float* weight, const float* bias,
                         float eps, float* out, float* mean, float* rstd) {

@@ -1,7 +1,7 @@
 // Counter-based random numbers: a pure function of key and counter, so that a backward pass gets the
 // forward's numbers again without storing them.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 namespace {

@@ -120,5 +120,5 @@ inline GroupSums group_sums(Vec a) { return {a.x}; }
 #include "kernels/fill_table.h"
 
 namespace mlxgpt {
-const Kernels kernels_avx2 = MLXGPT_KERNEL_TABLE("avx2");
-}
+constexpr Kernels kernels_avx2 = table_of("avx2");
+}  // namespace mlxgpt

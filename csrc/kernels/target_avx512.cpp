@@ -130,8 +130,8 @@ inline GroupSums group_sums(Vec a) {
 
 namespace mlxgpt {
 #if defined(MLXGPT_VNNI)
-const Kernels kernels_avx512vnni = MLXGPT_KERNEL_TABLE("avx512vnni");
+constexpr Kernels kernels_avx512vnni = table_of("avx512vnni");
 #else
-const Kernels kernels_avx512 = MLXGPT_KERNEL_TABLE("avx512");
+constexpr Kernels kernels_avx512 = table_of("avx512");
 #endif
 }  // namespace mlxgpt

@@ -184,8 +184,8 @@ inline GroupSums fma(IntSums a, float b, GroupSums c) {
 
 namespace mlxgpt {
 #if defined(MLXGPT_DOT)
-const Kernels kernels_neondot = MLXGPT_KERNEL_TABLE("neondot");
+constexpr Kernels kernels_neondot = table_of("neondot");
 #else
-const Kernels kernels_neon = MLXGPT_KERNEL_TABLE("neon");
+constexpr Kernels kernels_neon = table_of("neon");
 #endif
 }  // namespace mlxgpt

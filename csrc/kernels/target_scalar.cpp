@@ -159,5 +159,5 @@ inline GroupSums fma(IntSums a, float b, GroupSums c) { return {static_cast<floa
 #include "kernels/fill_table.h"
 
 namespace mlxgpt {
-const Kernels kernels_scalar = MLXGPT_KERNEL_TABLE("scalar");
-}
+constexpr Kernels kernels_scalar = table_of("scalar");
+}  // namespace mlxgpt

@@ -1,6 +1,6 @@
 // Products of small matrices, the inner loops of attention: C += A B with a block of C in registers.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 namespace {

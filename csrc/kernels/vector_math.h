@@ -2,7 +2,7 @@
 // result; csrc/tests/test_kernels.cpp and tests/test_vector_math.py hold it to that over the whole range of
 // float32.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <math.h>
@@ -11,6 +11,11 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341F;
 constexpr float kLn2 = 0.693147180559945309F;
+
+/// An activation function is x g(x), with the derivative g(x) + x g'(x). These are g(x) and x g'(x).
+struct Gate {
+    Vec value, slope;
+};
 
 /// 2^x for x <= 0, as softmax asks for it: 1.2 ulp; results below the smallest normal number are 0;
 /// NaN stays NaN.

@@ -9,8 +9,9 @@
 namespace mlxgpt {
 namespace {
 
-// All tensors cut into pieces of one size: a small model's many little tensors are a few tasks, a large
-// matrix is many. 64 K elements of four arrays are 1 MB.
+// Tensors are cut into pieces of at most this many elements, and a task takes pieces until it has as many:
+// the many small tensors of a small model make few tasks, a large matrix makes many. 64 K elements of four
+// arrays are 1 MB, enough that waking a thread pays.
 constexpr ptrdiff_t kPiece = 65536;
 
 struct Piece {
@@ -18,7 +19,7 @@ struct Piece {
     ptrdiff_t first, n;
 };
 
-// Of finite numbers it is finite.
+// The sum of squares in double, which is finite if every x is.
 double squares_in_double(const float* x, ptrdiff_t n) {
     double sum = 0;
     for (ptrdiff_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
@@ -28,9 +29,9 @@ double squares_in_double(const float* x, ptrdiff_t n) {
 }  // namespace
 
 double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     std::vector<Piece> pieces;
-    std::vector<int> tasks{0};  // task i takes the pieces tasks[i] .. tasks[i + 1]
+    std::vector<int> tasks{0};  // task i takes the pieces from tasks[i] up to tasks[i + 1]
     ptrdiff_t elements = 0;
     for (const AdamWTensor& tensor : tensors)
         for (ptrdiff_t first = 0; first < tensor.n; first += kPiece) {
@@ -48,7 +49,7 @@ double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& option
         for (int i = tasks[task]; i < tasks[task + 1]; ++i) {
             const float* gradient = pieces[i].tensor->gradient + pieces[i].first;
             sums[i] = isa.squares(gradient, pieces[i].n);
-            // The kernel's sums are floats, which 1.8e19 squared is too large for.
+            // The kernel sums in float, and the square of 1.8e19 overflows there.
             if (!std::isfinite(sums[i])) sums[i] = squares_in_double(gradient, pieces[i].n);
         }
     });
@@ -59,7 +60,7 @@ double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& option
 
     AdamWStep step;
     double clip = 1.0;
-    if (options.max_norm > 0)  // the same 1e-6 that PyTorch and MLX add
+    if (options.max_norm > 0)  // PyTorch and MLX add the same 1e-6
         clip = std::min(1.0, options.max_norm / (norm + 1e-6));
     step.clip = static_cast<float>(clip);
     step.learning_rate = static_cast<float>(options.learning_rate);

@@ -1,4 +1,4 @@
-// AdamW with clipping by the global norm, over all parameters of a model at once.
+// AdamW (Loshchilov & Hutter 2019) with clipping by the global norm, over all parameters of a model at once.
 #pragma once
 
 #include <cstddef>
@@ -6,13 +6,14 @@
 
 namespace mlxgpt {
 
-/// A parameter, its gradient and its two averages, of n elements without gaps.
+/// A parameter, its gradient, and the running averages of the gradient and of its square: n elements each,
+/// without gaps.
 struct AdamWTensor {
     float* parameter;
     const float* gradient;
     float *m, *v;
     ptrdiff_t n;
-    bool decayed;
+    bool decayed;  // whether weight decay applies
 };
 
 struct AdamWOptions {
@@ -21,8 +22,8 @@ struct AdamWOptions {
     double max_norm;  // 0 for no clipping
 };
 
-/// One step in place; the norm of all gradients together. A norm that is not finite, as with a single element
-/// that is not, leaves everything as it was.
+/// Takes one step in place and returns the norm of all gradients together. If the norm is not finite, as it
+/// is not once a single gradient is not, nothing is changed.
 double adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options);
 
 }  // namespace mlxgpt

@@ -45,20 +45,20 @@ AttentionHead head_of(const AttentionCall& call, int index) {
     return head;
 }
 
-// How a call is cut up. Most heads are one task each: a task reads its keys once and no sums are
-// shared. Those left over, fewer than there are threads, would leave threads idle at the end; each of
-// them is split into `parts` tasks, which take every parts-th block of queries, so that under the
-// causal mask their work differs by a block at most.
+// How the heads are divided into tasks. Most heads are one task each, which reads its keys once and needs no
+// sums of other tasks. If the number of heads is no multiple of the number of threads, the remaining heads
+// would leave threads idle at the end: each of them is split into `parts` tasks. A part takes every parts-th
+// block of queries, so that under the causal mask the parts' work differs by at most one block.
 struct Plan {
     int n_whole, n_split, parts;
 
     Plan(int n_heads, int n_blocks, int n_threads) {
         n_split = n_heads % n_threads;
         parts = 1;
-        if (n_split > 0)  // the fewest parts that give every thread the same number of tasks
+        if (n_split > 0)  // the fewest parts with which every thread gets the same number of tasks
             while (n_split * parts % n_threads != 0) ++parts;
         parts = parts < n_blocks ? parts : n_blocks;
-        // With many heads for each thread the rest weighs too little to be worth sharing sums.
+        // With many heads a thread, the remaining ones are too little work to be worth adding up sums.
         if (parts == 1 || n_heads >= 16 * n_threads) n_split = 0;
         n_whole = n_heads - n_split;
     }
@@ -69,7 +69,7 @@ struct Plan {
 };
 
 Plan plan_for(const AttentionCall& call, const Kernels& isa) {
-    const int n_blocks = (call.T_q + isa.query_block - 1) / isa.query_block;
+    const int n_blocks = (call.T_q + isa.attention_query_block - 1) / isa.attention_query_block;
     return Plan(call.B * call.n_head, n_blocks, num_threads());
 }
 
@@ -78,7 +78,7 @@ Plan plan_for(const AttentionCall& call, const Kernels& isa) {
 void attention_forward(const AttentionCall& call) {
     const Kernels& isa = kernels();
     const Plan plan = plan_for(call, isa);
-    const size_t size = isa.forward_scratch(call.T_k, call.D);
+    const size_t size = isa.attention_forward_scratch(call.T_k, call.D);
     float* const buffer = scratch(size * num_threads());
     parallel_for(plan.n_tasks(), [&](int task, int worker) {
         isa.attention_forward(head_of(call, plan.head(task)), plan.first(task), plan.step(task),
@@ -89,9 +89,10 @@ void attention_forward(const AttentionCall& call) {
 void attention_backward(const AttentionCall& call) {
     const Kernels& isa = kernels();
     const Plan plan = plan_for(call, isa);
-    const size_t size = isa.backward_scratch(call.T_k, call.D);
-    const size_t sums = isa.kv_sums(call.T_k, call.D);
-    // Sums of whole heads belong to the worker; a part keeps its own until all parts are there.
+    const size_t size = isa.attention_backward_scratch(call.T_k, call.D);
+    const size_t sums = isa.attention_kv_sums(call.T_k, call.D);
+    // A whole head's sums of dk and dv are the worker's; a part of a head keeps its own until all parts are
+    // done.
     float* const buffer = scratch((size + sums) * num_threads() + sums * plan.n_split * plan.parts);
     float* const parts = buffer + (size + sums) * num_threads();
     parallel_for(plan.n_tasks(), [&](int task, int worker) {
@@ -114,16 +115,16 @@ void attention_backward(const AttentionCall& call) {
 void attention_cached(const CachedAttention& call) {
     for (int b = 0; b < call.B; ++b)
         if (call.offsets[b] < 0 || call.offsets[b] > call.capacity - call.T)
-            throw std::invalid_argument("cached attention: sequence " + std::to_string(b) + " holds " +
-                                        std::to_string(call.offsets[b]) + " positions, expected 0 to " +
+            throw std::invalid_argument("cached attention: offsets[" + std::to_string(b) + "] is " +
+                                        std::to_string(call.offsets[b]) + ", expected 0 to " +
                                         std::to_string(call.capacity - call.T) + ", so that " +
-                                        std::to_string(call.T) + " more fit");
+                                        std::to_string(call.T) + " more positions fit");
     const Kernels& isa = kernels();
-    // Queries one by one need no keys packed, and read them from L2 again; from about as many on as a panel
-    // has lanes the blocked kernel is faster.
+    // The kernel for a single query packs no keys, but reads them from L2 again for each query. From about as
+    // many queries as a panel has lanes, the blocked kernel is faster.
     constexpr int kFewQueries = 16;
     const bool few = call.T <= kFewQueries;
-    const size_t size = isa.forward_scratch(1, call.D);
+    const size_t size = isa.attention_forward_scratch(1, call.D);
     float* const buffer = scratch(size * num_threads());
     parallel_for(call.B * call.n_head, [&](int task, int worker) {
         const int b = task / call.n_head, h = task % call.n_head, held = call.offsets[b];

@@ -1,4 +1,4 @@
-// Causal attention over a batch: splits heads into tasks for the thread pool.
+// Causal attention over a batch: the heads are divided into tasks for the thread pool.
 #pragma once
 
 #include <cstdint>
@@ -30,11 +30,12 @@ struct AttentionCall {
 /// Writes out = softmax(scale * q k^T, causal) v and lse, the log of each query's sum of exponentials.
 void attention_forward(const AttentionCall& call);
 
-/// Writes dq, dk and dv from dout and what the forward pass left. Extra memory: O(T_k * D) a thread.
+/// Writes dq, dk and dv from dout and the forward pass's inputs and outputs. Extra memory: O(T_k * D) a
+/// thread.
 void attention_backward(const AttentionCall& call);
 
-/// Attention over a cache: q, k, v and out are (B, n_head, T, D), T new positions of each sequence. keys and
-/// values are (B, n_head, capacity, D), in any storage; of sequence b's the first offsets[b] are held.
+/// Attention over a cache. q, k, v and out are (B, n_head, T, D), T new positions of each sequence. The cache
+/// is keys and values, (B, n_head, capacity, D) in any storage; sequence b has offsets[b] positions in it.
 struct CachedAttention {
     int B = 0, n_head = 0, T = 0, D = 0, capacity = 0;
     Tensor4 q, k, v, out, keys, values;
@@ -42,12 +43,12 @@ struct CachedAttention {
     float scale = 1.0F;
 };
 
-/// Writes k and v behind the positions that are held, and out, what each new position sees: all that are held
-/// and the new ones up to itself. Of few new positions (16 at most) each gets bit for bit what it would get
-/// alone. Throws std::invalid_argument if an offset is negative or there is no room behind it.
+/// Appends k and v to the cache, and writes out: each new position sees all earlier ones and itself. If T is
+/// at most 16, each position gets the bits that it would get alone. Throws std::invalid_argument if an offset
+/// is negative or the cache has no room for T more positions.
 void attention_cached(const CachedAttention& call);
 
-/// Writes the call's dropout factors, (B, n_head, T_q, T_k) without gaps.
+/// Writes the dropout factors of a call, 0 or 1 / (1 - dropout): (B, n_head, T_q, T_k) without gaps.
 void dropout_mask(const AttentionCall& call, float* mask);
 
 }  // namespace mlxgpt

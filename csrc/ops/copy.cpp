@@ -16,7 +16,8 @@
 namespace mlxgpt {
 namespace {
 
-// Elements as their bits, so that values that are not finite pass unchanged.
+// Elements are copied as bits, so that NaN and infinity pass unchanged. `kExponent` masks the exponent, all
+// ones if a value is not finite; `widened` gives the bits of the same value in float32.
 struct Float32Bits {
     using Bits = uint32_t;
     static constexpr Bits kExponent = 0x7F800000;
@@ -32,7 +33,8 @@ struct BFloat16Bits {
 struct Float16Bits {
     using Bits = uint16_t;
     static constexpr Bits kExponent = 0x7C00;
-    // As float32 the bits mean 2^-112 times the number, subnormal ones too.
+    // Exponent and fraction, moved to their places in float32, mean 2^-112 times the value; so for subnormal
+    // numbers too.
     static uint32_t widened(Bits bits) {
         uint32_t wide = (bits & 0x7FFFU) << 13;
         float value;
@@ -44,7 +46,7 @@ struct Float16Bits {
     }
 };
 
-/// n neighbours from x, which begins anywhere, to out -> whether one is not finite.
+/// Copies n adjacent elements from x, which may be unaligned, to out. Returns whether one is not finite.
 template <class From, class To>
 bool copy_run(const char* x, ptrdiff_t n, To* out) {
     using Bits = typename From::Bits;
@@ -61,11 +63,13 @@ bool copy_run(const char* x, ptrdiff_t n, To* out) {
     return faults != 0;
 }
 
+// A tile of 64 x 64 floats is 16 KB, half of L1. Rows of a power of two would fall on the same cache sets.
 constexpr ptrdiff_t kTile = 64, kTilePadded = kTile + 4;
 
-/// out[i][j] = tile[j][i], four by four, which compilers turn in registers.
+/// out[i][j] = tile[j][i], in blocks of 4 x 4, which compilers transpose in registers.
 template <class To>
-void turn(const To (*tile)[kTilePadded], ptrdiff_t n_rows, ptrdiff_t n_columns, To* out, ptrdiff_t stride) {
+void transpose_tile(const To (*tile)[kTilePadded], ptrdiff_t n_rows, ptrdiff_t n_columns, To* out,
+                    ptrdiff_t stride) {
     constexpr ptrdiff_t kBlock = 4;
     ptrdiff_t i = 0;
     for (; i + kBlock <= n_rows; i += kBlock) {
@@ -85,7 +89,7 @@ void turn(const To (*tile)[kTilePadded], ptrdiff_t n_rows, ptrdiff_t n_columns, 
 }
 
 template <class From, class To>
-bool copy_turned(const CopyCall& call, Range rows) {
+bool copy_transposed(const CopyCall& call, Range rows) {
     To tile[kTile][kTilePadded];
     bool faults = false;
     for (ptrdiff_t first = rows.begin; first < rows.begin + rows.size; first += kTile) {
@@ -96,7 +100,7 @@ bool copy_turned(const CopyCall& call, Range rows) {
             for (ptrdiff_t j = 0; j < n_columns; ++j)
                 faults |= copy_run<From>(x + j * call.x_column, n_rows, tile[j]);
             To* out = static_cast<To*>(call.out) + first * call.columns + column;
-            turn(tile, n_rows, n_columns, out, call.columns);
+            transpose_tile(tile, n_rows, n_columns, out, call.columns);
         }
     }
     return faults;
@@ -105,7 +109,7 @@ bool copy_turned(const CopyCall& call, Range rows) {
 template <class From, class To>
 bool copy_rows(const CopyCall& call, Range rows) {
     constexpr ptrdiff_t kSize = sizeof(typename From::Bits);
-    if (call.x_column != kSize && call.columns > 1) return copy_turned<From, To>(call, rows);
+    if (call.x_column != kSize && call.columns > 1) return copy_transposed<From, To>(call, rows);
     bool faults = false;
     for (ptrdiff_t i = rows.begin; i < rows.begin + rows.size; ++i)
         faults |= copy_run<From>(call.x + i * call.x_row, call.columns,
@@ -127,9 +131,9 @@ CopyRows* copy_rows_of(const CopyCall& call) {
     }
 }
 
-// Memory that was never written to is faulted in 4 KB at a time, which takes longer than the copy; asked for
-// in one call it takes about half as long. (Huge pages are faster where the kernel has some at hand, and far
-// slower where it has to make them first.)
+// Writing to fresh memory causes a page fault for every 4 KB, which takes longer than the copy; one call for
+// all pages takes about half as long. (Huge pages are faster if the kernel has some ready, and far slower if
+// it has to make them first.)
 void fault_in([[maybe_unused]] const void* begin, [[maybe_unused]] ptrdiff_t bytes) {
 #if defined(MADV_POPULATE_WRITE)
     constexpr ptrdiff_t kWorthIt = 65536;
@@ -137,7 +141,8 @@ void fault_in([[maybe_unused]] const void* begin, [[maybe_unused]] ptrdiff_t byt
     static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t first = reinterpret_cast<uintptr_t>(begin) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / page * page;
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_WRITE);  // if refused: faults, later
+    // If the kernel refuses, the pages are faulted in one by one, as they would be without this call.
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_WRITE);
 #endif
 }
 
@@ -147,7 +152,8 @@ bool copy(const CopyCall& call) {
     const ptrdiff_t n = call.rows * call.columns;
     const ptrdiff_t row_bytes = call.columns * (call.out_storage == Storage::kFloat32 ? 4 : 2);
     CopyRows* const copy_rows = copy_rows_of(call);
-    // A task's memory is faulted in some rows at a time, so that they are in the cache when they are written.
+    // A task faults its memory in one band of rows at a time, so that the band is still in the cache for the
+    // copy.
     const ptrdiff_t band = kTile;
     const int n_parts = n_tasks(static_cast<double>(n), kElementsPerTask);
     std::atomic<bool> faults{false};

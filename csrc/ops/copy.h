@@ -1,4 +1,4 @@
-// Weights out of a file's memory, turned and widened on the way.
+// Copies of weights out of a mapped file, transposed and converted to float32 if need be.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@
 
 namespace mlxgpt {
 
-/// out[i, j] = x[i, j], for rows times columns of them. x begins anywhere and its strides are in bytes, one
-/// of them that of neighbours; out is contiguous, and either stored like x or float32.
+/// out[i, j] = x[i, j] for (rows, columns) elements. x may begin at any address; its strides are in bytes,
+/// and along one axis its elements are adjacent. out is contiguous, and stored as x is or as float32.
 struct CopyCall {
     ptrdiff_t rows, columns;
     const char* x;
@@ -18,7 +18,7 @@ struct CopyCall {
     Storage out_storage;
 };
 
-/// Returns whether every value is finite. Each is read once and written once.
+/// Copies, and returns whether every value is finite.
 bool copy(const CopyCall& call);
 
 }  // namespace mlxgpt

@@ -1,4 +1,5 @@
-// Mean cross entropy, of logits or of the linear layer that makes them.
+// The mean cross entropy of a linear layer's logits, with the layer inside: the logits of all rows never
+// exist at the same time.
 #pragma once
 
 #include <cstdint>
@@ -7,22 +8,23 @@
 
 namespace mlxgpt {
 
-/// logits = x W^T with x (N, C) and weight (V, C); the targets (N,) are in [0, V), or -1 to be ignored.
+/// The loss of logits = x W^T. Gradients that are null are not computed.
 struct LinearCrossEntropy {
     int N = 0, C = 0, V = 0;
-    Rows x;
-    Weights weight;  // float32, if there are gradients
-    const int32_t* targets = nullptr;
-    Rows dx, dweight;         // null where they are not wanted
-    bool accumulate = false;  // add to dweight
-    float scale = 1.0F;       // of the gradients
+    Rows x;                            // (N, C)
+    Weights weight;                    // (V, C); float32 if there are gradients
+    const int32_t* targets = nullptr;  // (N,), each in [0, V), or -1 for a row that does not count
+    Rows dx;                           // (N, C)
+    Rows dweight;                      // (V, C)
+    bool accumulate = false;           // add to dweight
+    float scale = 1.0F;                // of the gradients
 };
 
-/// The mean over counted targets of -log softmax(logits)[target], 0 if none is counted; writes the mean's
-/// gradients. The logits exist for some rows at a time only.
+/// Returns the mean of -log softmax(logits)[target] over the rows that count, 0 if none does. Writes scale
+/// times the gradients of this mean.
 double linear_cross_entropy(const LinearCrossEntropy& call);
 
-/// The same for logits (N, V); writes dlogits, which may be the logits themselves, or be null.
-double cross_entropy(int N, int V, Rows logits, const int32_t* targets, Rows dlogits);
+/// The number of rows, of n_rows, whose logits exist at the same time.
+int cross_entropy_rows(int n_rows, int vocab_size);
 
 }  // namespace mlxgpt

@@ -7,29 +7,11 @@
 namespace mlxgpt {
 
 void dropout(ptrdiff_t n, const float* x, const float* residual, float p, uint64_t seed, float* out) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const int n_parts = n_tasks(static_cast<double>(n), kElementsPerTask);
     parallel_for(n_parts, [&](int task, int) {
         const Range part = part_of(n, task, n_parts, 64);
         isa.dropout(x, residual, static_cast<uint64_t>(part.begin), part.size, p, seed, out);
-    });
-}
-
-void add(ptrdiff_t n, const float* x, float* y) {
-    const OpKernels& isa = *kernels().ops;
-    const int n_parts = n_tasks(static_cast<double>(n), kElementsPerTask);
-    parallel_for(n_parts, [&](int task, int) {
-        const Range part = part_of(n, task, n_parts, 16);
-        isa.add(x + part.begin, part.size, y + part.begin);
-    });
-}
-
-void scale(ptrdiff_t n, float factor, float* y) {
-    const OpKernels& isa = *kernels().ops;
-    const int n_parts = n_tasks(static_cast<double>(n), kElementsPerTask);
-    parallel_for(n_parts, [&](int task, int) {
-        const Range part = part_of(n, task, n_parts, 16);
-        isa.scale(factor, part.size, y + part.begin);
     });
 }
 

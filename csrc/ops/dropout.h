@@ -6,12 +6,9 @@
 
 namespace mlxgpt {
 
-/// out = x * mask + residual, mask being 0 with chance p, else 1 / (1 - p): a function of seed and element.
-/// residual may be null. The gradient of x is dropout(dout) with the same seed.
+/// out = x * mask + residual over n elements; residual may be null. An element of the mask is 0 with chance
+/// p, else 1 / (1 - p), and depends on the seed and its position alone. The gradient of x is dropout(dout)
+/// with the same seed and no residual.
 void dropout(ptrdiff_t n, const float* x, const float* residual, float p, uint64_t seed, float* out);
-
-/// y += x, and y *= factor.
-void add(ptrdiff_t n, const float* x, float* y);
-void scale(ptrdiff_t n, float factor, float* y);
 
 }  // namespace mlxgpt

@@ -7,11 +7,9 @@
 namespace mlxgpt {
 
 void embedding_forward(const EmbeddingForward& call) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const ptrdiff_t rows = static_cast<ptrdiff_t>(call.B) * call.T;
-    const int n_parts = n_tasks(static_cast<double>(rows) * call.C, kElementsPerTask);
-    parallel_for(n_parts, [&](int task, int) {
-        const Range part = part_of(rows, task, n_parts);
+    parallel_rows(rows, call.C, [&](Range part) {
         for (ptrdiff_t row = part.begin; row < part.begin + part.size; ++row) {
             const ptrdiff_t first = call.offsets == nullptr ? 0 : call.offsets[row / call.T];
             float* out = call.out + row * call.C;
@@ -24,10 +22,10 @@ void embedding_forward(const EmbeddingForward& call) {
 
 void embedding_backward(int B, int T, int C, const int32_t* ids, const float* dout, float* dtokens,
                         float* dpositions) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const ptrdiff_t rows = static_cast<ptrdiff_t>(B) * T;
-    // A task takes some columns of every row: no two tasks write one element, whatever the ids, and each
-    // element's sum runs in order of the rows.
+    // A task takes some columns of every row: whatever the ids, no two tasks write the same element, and each
+    // sum is taken in order of the rows.
     const int n_parts = n_tasks(static_cast<double>(rows) * C, kElementsPerTask);
     parallel_for(n_parts, [&](int task, int) {
         const Range columns = part_of(C, task, n_parts, 16);

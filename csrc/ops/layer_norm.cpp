@@ -11,20 +11,18 @@ namespace mlxgpt {
 
 void layer_norm_forward(int rows, int n, const float* x, const float* weight, const float* bias, float eps,
                         float* out, float* mean, float* rstd) {
-    const OpKernels& isa = *kernels().ops;
-    const int n_parts = n_tasks(static_cast<double>(rows) * n, kElementsPerTask);
-    parallel_for(n_parts, [&](int task, int) {
-        const Range part = part_of(rows, task, n_parts);
+    const Kernels& isa = kernels();
+    parallel_rows(rows, n, [&](Range part) {
         isa.layer_norm_forward(x + part.begin * n, static_cast<int>(part.size), n, weight, bias, eps,
                                out + part.begin * n, mean + part.begin, rstd + part.begin);
     });
 }
 
 void layer_norm_backward(const LayerNormBackward& call) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const int n = call.n;
     const int n_parts = n_tasks(static_cast<double>(call.rows) * n, kElementsPerTask);
-    // Each task sums what its rows give dweight and dbias; the sums are added in order.
+    // Each task sums dweight and dbias over its rows; these sums are then added up in order of the tasks.
     const ptrdiff_t stride = (2 * static_cast<ptrdiff_t>(n) + 15) / 16 * 16;
     float* sums = scratch(static_cast<size_t>(stride) * n_parts);
     std::fill_n(sums, stride * n_parts, 0.0F);

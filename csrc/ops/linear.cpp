@@ -9,29 +9,30 @@ namespace mlxgpt {
 namespace {
 
 Rows block_of(Rows a, Range rows, Range columns) {
-    return a.data == nullptr ? Rows{} : Rows{a.data + rows.begin * a.stride + columns.begin, a.stride};
+    return a.data == nullptr ? Rows{} : block_at(a, rows.begin, columns.begin);
 }
 
 int as_int(ptrdiff_t n) { return static_cast<int>(n); }
 
-// Scales a block of the output, and adds bias and residual, or bias and GELU, while it is in the cache.
+// Scales a block of the product, and adds bias and residual or applies the activation, while the block is in
+// the cache.
 void finish(const LinearForward& call, Range rows, Range columns) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const int m = as_int(rows.size), n = as_int(columns.size);
     const Rows out = block_of(call.out, rows, columns);
-    if (call.scale != 1.0F)  // an adapter's few columns: no kernel of its own
+    if (call.scale != 1.0F)  // an adapter's few columns, not worth a kernel
         for (int row = 0; row < m; ++row)
             for (int i = 0; i < n; ++i) out.data[row * out.stride + i] *= call.scale;
     const float* bias = call.bias == nullptr ? nullptr : call.bias + columns.begin;
     if (call.activated.data != nullptr)
-        isa.bias_gelu(out, m, n, bias, call.gelu, block_of(call.activated, rows, columns));
+        call.activation->forward(out, m, n, bias, block_of(call.activated, rows, columns));
     else if (bias != nullptr || call.residual.data != nullptr)
         isa.add_bias(out, m, n, bias, block_of(call.residual, rows, columns));
 }
 
-// A task takes some of the weights, for all rows of x.
+// Each task multiplies all rows of x by some of the weights.
 void few_rows(const LinearForward& call) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const size_t quantized = isa.quantized_row(call.weight, call.n_in);
     const size_t own = isa.few_rows_scratch(call.weight, call.n_in);
     float* const buffer = scratch(quantized * call.rows + own * num_threads());
@@ -39,9 +40,9 @@ void few_rows(const LinearForward& call) {
     if (quantized > 0) {
         x = {buffer + own * num_threads(), static_cast<ptrdiff_t>(quantized)};
         for (int row = 0; row < call.rows; ++row)
-            isa.quantize(call.x.data + row * call.x.stride, call.weight, call.n_in, x.data + row * x.stride);
+            isa.quantize(call.x.from(row).data, call.weight, call.n_in, x.from(row).data);
     }
-    constexpr double kBytesPerTask = 1 << 19, kProductsPerTask = 2e6;  // 50 us or so
+    constexpr double kBytesPerTask = 1 << 19, kProductsPerTask = 2e6;  // about 50 us
     const double products = static_cast<double>(call.rows) * call.n_in * call.n_out;
     const double work =
         call.weight.bytes(call.n_out, call.n_in) / kBytesPerTask + products / kProductsPerTask;
@@ -65,67 +66,36 @@ void linear_forward(const LinearForward& call) {
     parallel_for(blocks.size(), [&](int task, int worker) {
         const Range rows = blocks.rows(task), columns = blocks.columns(task);
         if (rows.size == 0 || columns.size == 0) return;
-        product(as_int(rows.size), as_int(columns.size), rows_of(call.x, rows.begin), columns.begin,
-                block_of(call.out, rows, columns), buffer + product.scratch_size() * worker);
+        product(rows, columns, call.x, block_of(call.out, rows, columns),
+                buffer + product.scratch_size() * worker);
         finish(call, rows, columns);
     });
 }
 
 void linear_backward(const LinearBackward& call) {
-    const OpKernels& isa = *kernels().ops;
+    const Kernels& isa = kernels();
     const Blocks dx(call.rows, call.n_in, call.n_out), dweight(call.n_out, call.n_in, call.rows);
     const int n_dx = call.dx.data == nullptr ? 0 : dx.size();
     const int n_dweight = call.dweight.data == nullptr ? 0 : dweight.size();
     const int n_dbias =
         call.dbias == nullptr ? 0 : n_tasks(static_cast<double>(call.rows) * call.n_out, kElementsPerTask);
     parallel_for(n_dx + n_dweight + n_dbias, [&](int task, int) {
-        if (task < n_dx) {  // dx = dout W
+        if (task < n_dx) {
             const Range rows = dx.rows(task), columns = dx.columns(task);
-            if (rows.size == 0 || columns.size == 0) return;
-            const int m = as_int(rows.size), n = as_int(columns.size);
-            const Rows out = block_of(call.dx, rows, columns);
-            const Rows weight{call.weight.data + columns.begin, call.weight.stride};
-            gemm(m, n, call.n_out, rows_of(call.dout, rows.begin), rows_of(weight), 0.0F, out.data,
-                 as_int(out.stride));
+            input_gradient(call.dout, plain(call.weight), call.n_out, rows, columns, call.dx);
             if (call.pre.data != nullptr)
-                isa.gelu_backward(block_of(call.pre, rows, columns), m, n, call.gelu, out,
-                                  block_of(call.activated, rows, columns));
-        } else if (task < n_dx + n_dweight) {  // dW = dout^T x
-            const Range rows = dweight.rows(task - n_dx), columns = dweight.columns(task - n_dx);
-            if (rows.size == 0 || columns.size == 0) return;
-            const Rows out = block_of(call.dweight, rows, columns);
-            const Rows x{call.x.data + columns.begin, call.x.stride};
-            gemm(as_int(rows.size), as_int(columns.size), call.rows, columns_of(call.dout, rows.begin),
-                 rows_of(x), call.accumulate ? 1.0F : 0.0F, out.data, as_int(out.stride));
+                call.activation->backward(block_of(call.pre, rows, columns), as_int(rows.size),
+                                          as_int(columns.size), block_of(call.dx, rows, columns),
+                                          block_of(call.activated, rows, columns));
+        } else if (task < n_dx + n_dweight) {
+            weight_gradient(call.dout, call.x, call.rows, dweight.rows(task - n_dx),
+                            dweight.columns(task - n_dx), call.accumulate, call.dweight);
         } else {
             const Range columns = part_of(call.n_out, task - n_dx - n_dweight, n_dbias, 16);
             float* sums = call.dbias + columns.begin;
             if (!call.accumulate) std::fill_n(sums, columns.size, 0.0F);
-            isa.add_columns({call.dout.data + columns.begin, call.dout.stride}, call.rows,
-                            as_int(columns.size), sums);
+            isa.add_columns(block_at(call.dout, 0, columns.begin), call.rows, as_int(columns.size), sums);
         }
-    });
-}
-
-void gelu_forward(int rows, int n, Rows pre, Gelu gelu, Rows activated) {
-    const OpKernels& isa = *kernels().ops;
-    const int n_parts = n_tasks(static_cast<double>(rows) * n, kElementsPerTask);
-    parallel_for(n_parts, [&](int task, int) {
-        const Range part = part_of(rows, task, n_parts);
-        const Range all{0, n};
-        isa.bias_gelu(block_of(pre, part, all), as_int(part.size), n, nullptr, gelu,
-                      block_of(activated, part, all));
-    });
-}
-
-void gelu_backward(int rows, int n, Rows pre, Gelu gelu, Rows dx, Rows activated) {
-    const OpKernels& isa = *kernels().ops;
-    const int n_parts = n_tasks(static_cast<double>(rows) * n, kElementsPerTask);
-    parallel_for(n_parts, [&](int task, int) {
-        const Range part = part_of(rows, task, n_parts);
-        const Range all{0, n};
-        isa.gelu_backward(block_of(pre, part, all), as_int(part.size), n, gelu, block_of(dx, part, all),
-                          block_of(activated, part, all));
     });
 }
 

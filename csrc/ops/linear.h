@@ -1,51 +1,49 @@
-// Linear layers: y = x W^T + b, forward and backward, over a BLAS.
+// Linear layers: out = x W^T + b, forward and backward.
 #pragma once
 
 #include "kernels/table.h"
 
 namespace mlxgpt {
 
-/// Up to so many rows the weights are read as they lie, and no BLAS is called. On two Zen 3 cores that is the
-/// faster up to 24 rows of float32 and 32 or more of the others; a BLAS with matrix units overtakes earlier.
+/// Up to this many rows, linear_forward reads the weights as they are stored and calls no BLAS. On two Zen 3
+/// cores that is faster up to 24 rows with float32 weights, up to 32 or more with others; a BLAS that uses
+/// matrix units is faster from fewer rows on.
 constexpr int kFewRows = 16;
 
-/// A linear layer's call: x is (rows, n_in), weight (n_out, n_in), out and dout (rows, n_out).
 struct LinearForward {
     int rows = 0, n_in = 0, n_out = 0;
-    Rows x;
-    Weights weight;
-    float scale = 1.0F;           // of the product, before what is added to it
-    const float* bias = nullptr;  // (n_out,)
-    Rows out;
-    Rows residual;   // (rows, n_out), added to out
-    Rows activated;  // (rows, n_out): gelu(out)
-    Gelu gelu = Gelu::kTanh;
+    Rows x;                       // (rows, n_in)
+    Weights weight;               // (n_out, n_in)
+    float scale = 1.0F;           // of the product alone
+    const float* bias = nullptr;  // (n_out,); may be null
+    Rows residual;                // (rows, n_out), added to out; may be null
+    Rows out;                     // (rows, n_out)
+    Rows activated;  // (rows, n_out), activation(out); may be null, and is if there is a residual
+    const Activation* activation = nullptr;  // given with `activated`
 };
 
-/// Null outputs are not computed, and x may be null without dweight. The layer's x may itself be gelu(pre):
-/// then dx becomes the gradient of pre, and `activated` gets gelu(pre) again, so that the forward pass need
-/// not keep it.
-struct LinearBackward {
-    int rows = 0, n_in = 0, n_out = 0;
-    Rows dout, x, weight;
-    Rows dx, dweight;
-    float* dbias = nullptr;
-    bool accumulate = false;  // add to dweight and dbias
-    Rows pre, activated;      // (rows, n_in)
-    Gelu gelu = Gelu::kTanh;
-};
-
-/// Writes out = scale x W^T + bias + residual, and activated = gelu(out) where it is asked for (without
-/// residual). Up to kFewRows rows each come out as they would alone, to the bit.
+/// Writes out = scale x W^T + bias + residual, and activated = activation(out) if wanted. If there are at
+/// most kFewRows rows, each gets the bits that it would get alone.
 void linear_forward(const LinearForward& call);
 
-/// Writes dx = dout W, dweight = dout^T x and dbias, the sum of dout's rows.
+/// Gradients that are null are not computed.
+///
+/// With `pre`, x is activation(pre): dx becomes the gradient of pre. `activated` then gets activation(pre)
+/// once more, so that nobody has to keep it from the forward pass.
+struct LinearBackward {
+    int rows = 0, n_in = 0, n_out = 0;
+    Rows dout;                               // (rows, n_out)
+    Rows x;                                  // (rows, n_in); may be null without dweight
+    Rows weight;                             // (n_out, n_in)
+    Rows dx;                                 // (rows, n_in)
+    Rows dweight;                            // (n_out, n_in)
+    float* dbias = nullptr;                  // (n_out,)
+    bool accumulate = false;                 // add to dweight and dbias
+    Rows pre, activated;                     // (rows, n_in); may be null
+    const Activation* activation = nullptr;  // given with `pre`
+};
+
+/// Writes dx = dout W, dweight = dout^T x, and dbias = the sum of dout's rows.
 void linear_backward(const LinearBackward& call);
-
-/// dx *= gelu'(pre) in place; activated = gelu(pre) where it is not null.
-void gelu_backward(int rows, int n, Rows pre, Gelu gelu, Rows dx, Rows activated);
-
-/// activated = gelu(pre).
-void gelu_forward(int rows, int n, Rows pre, Gelu gelu, Rows activated);
 
 }  // namespace mlxgpt

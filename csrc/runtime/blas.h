@@ -1,4 +1,4 @@
-// The matrix product of whichever BLAS this was built with. The only file that knows which.
+// The matrix product of the BLAS that this was built with. The only file that knows which BLAS that is.
 #pragma once
 
 #if defined(MLXGPT_BLAS_ACCELERATE)
@@ -18,14 +18,15 @@
 
 namespace mlxgpt {
 
-/// A matrix in memory: row i begins at data + i * stride. Transposed, its rows are the columns.
+/// A matrix stored as rows: row i begins at data + i * stride. If transposed, the matrix is the transpose of
+/// what is stored.
 struct Operand {
     const float* data;
     int stride;
     bool transposed = false;
 };
 
-/// C = A B + beta C, with C m x n and k summed over. Runs on the calling thread alone.
+/// C = A B + beta C for C (m, n) and inner length k, on the calling thread alone.
 inline void gemm(int m, int n, int k, Operand a, Operand b, float beta, float* c, int stride) {
 #if defined(MLXGPT_BLAS_SET_THREADS)
     [[maybe_unused]] static const bool once = (MLXGPT_BLAS_SET_THREADS(1), true);

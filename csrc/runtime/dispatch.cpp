@@ -1,5 +1,6 @@
 #include "runtime/dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -14,9 +15,13 @@
 namespace mlxgpt {
 namespace {
 
+// ---- whether this processor runs each instruction set ----
+
+bool runs_scalar() { return true; }
+
 #if defined(__x86_64__)
-// A processor that has AVX2 is of no use before the operating system saves its registers: XCR0 tells,
-// which xgetbv reads. Bits: 1, 2 the ymm registers; 5, 6, 7 the mask and zmm registers.
+// The processor must have the instructions, and the operating system must save the registers that they use:
+// xgetbv reads XCR0, which has bits 1 and 2 for the ymm registers, 5, 6 and 7 for the mask and zmm registers.
 bool has(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned leaf7_ecx, unsigned saved_state) {
     constexpr unsigned kOsxsave = 1U << 27;
     unsigned a, b, c, d;
@@ -39,13 +44,16 @@ constexpr unsigned kVnni = 1U << 11;                                            
 bool runs_avx512() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, 0, 0xE6); }
 bool runs_avx512vnni() { return has(kAvxFmaF16c, kAvx2 | kAvx512FDqBwVl, kVnni, 0xE6); }
 #endif
-#elif defined(__aarch64__) && defined(__linux__)
-bool runs_neondot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #elif defined(__aarch64__)
+bool runs_neon() { return true; }
+#if defined(__linux__)
+bool runs_neondot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#else
 bool runs_neondot() { return true; }  // every 64-bit processor of a Mac
 #endif
+#endif
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot"};
+// ---- the choice ----
 
 const Kernels& choose() {
     const char* variable = std::getenv("MLXGPT_ISA");
@@ -55,6 +63,9 @@ const Kernels& choose() {
         if (wanted.empty() || wanted == candidate->name) return *candidate;
         here += (here.empty() ? "" : ", ") + std::string(candidate->name);
     }
+#define MLXGPT_NAME(name, architecture) #name,
+    constexpr const char* kNames[] = {MLXGPT_TARGETS(MLXGPT_NAME)};
+#undef MLXGPT_NAME
     std::string names;
     for (const char* name : kNames) {
         if (wanted == name)
@@ -68,17 +79,26 @@ const Kernels& choose() {
 
 }  // namespace
 
+// MLXGPT_ON_<architecture>(code) is the code if this is built for the architecture, else nothing.
+#define MLXGPT_ON_ANY(code) code
+#if defined(__x86_64__)
+#define MLXGPT_ON_X86_64(code) code
+#else
+#define MLXGPT_ON_X86_64(code)
+#endif
+#if defined(__aarch64__)
+#define MLXGPT_ON_AARCH64(code) code
+#else
+#define MLXGPT_ON_AARCH64(code)
+#endif
+
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> usable;
-#if defined(__x86_64__)
-    if (runs_avx512vnni()) usable.push_back(&kernels_avx512vnni);
-    if (runs_avx512()) usable.push_back(&kernels_avx512);
-    if (runs_avx2()) usable.push_back(&kernels_avx2);
-#elif defined(__aarch64__)
-    if (runs_neondot()) usable.push_back(&kernels_neondot);
-    usable.push_back(&kernels_neon);
-#endif
-    usable.push_back(&kernels_scalar);
+#define MLXGPT_ADD(name, architecture) \
+    MLXGPT_ON_##architecture(if (runs_##name()) usable.push_back(&kernels_##name);)
+    MLXGPT_TARGETS(MLXGPT_ADD)
+#undef MLXGPT_ADD
+    std::reverse(usable.begin(), usable.end());
     return usable;
 }
 

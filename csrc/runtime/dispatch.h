@@ -1,4 +1,4 @@
-// Picks the kernels for this processor.
+// Chooses the kernels for this processor.
 #pragma once
 
 #include <vector>
@@ -7,11 +7,12 @@
 
 namespace mlxgpt {
 
-/// The best kernels that were built and that the processor runs, or those that the environment
-/// variable MLXGPT_ISA names. Looked up once. Throws std::invalid_argument if that variable names none.
+/// The best kernels that this processor runs, or those of the instruction set that the environment variable
+/// MLXGPT_ISA names. Chosen once. Throws std::invalid_argument if the processor does not run those, or the
+/// variable names no instruction set.
 const Kernels& kernels();
 
-/// All kernels that were built and that the processor runs, best first.
+/// All kernels that this processor runs, best first.
 std::vector<const Kernels*> usable_kernels();
 
 }  // namespace mlxgpt

@@ -34,7 +34,7 @@ int physical_cores() {
     CPU_ZERO(&allowed);
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
         return static_cast<int>(std::thread::hardware_concurrency());
-    std::set<std::string> cores;  // hardware threads of one core share their list of siblings
+    std::set<std::string> cores;  // hardware threads of one core have the same list of siblings
     int logical = 0;
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
         if (!CPU_ISSET(cpu, &allowed)) continue;
@@ -47,8 +47,8 @@ int physical_cores() {
     return cores.empty() ? logical : static_cast<int>(cores.size());
 }
 
-// The cores' worth of time that a quota file grants, or a large number. cgroup 2 has "quota period"
-// or "max period" in cpu.max; cgroup 1 has two files, with -1 for no limit.
+// The quota of a control group in cores, or a large number if it has none. cgroup 2 has "quota period" or
+// "max period" in cpu.max; cgroup 1 has two files, with -1 for no limit.
 double granted(double quota, double period) { return quota > 0 && period > 0 ? quota / period : 1e9; }
 
 double quota_v2(const std::string& directory) {
@@ -66,8 +66,8 @@ double quota_v1(const std::string& directory) {
     return granted(quota, period);
 }
 
-// The tightest limit of this process's group and the groups around it. In a container the path in
-// /proc/self/cgroup may not exist; then the mount's root is the container's own group.
+// The tightest quota of this process's control group and the groups that contain it. In a container the path
+// in /proc/self/cgroup may not exist; then the mount's root is the container's own group.
 double cgroup_cores() {
     double cores = std::min(quota_v2("/sys/fs/cgroup"), quota_v1("/sys/fs/cgroup/cpu"));
     std::ifstream file("/proc/self/cgroup");
@@ -85,7 +85,7 @@ int usable_cores() {
     return std::min(physical_cores(), static_cast<int>(std::min(std::ceil(cgroup_cores()), 1e6)));
 }
 #elif defined(__APPLE__)
-// The fast cores: a slow one would finish its share last.
+// The fast cores only: everyone would wait for a slow one to finish its share.
 int usable_cores() {
     int cores = 0;
     size_t size = sizeof cores;
@@ -98,7 +98,7 @@ int usable_cores() {
 int usable_cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
 #endif
 
-/// Tells the processor that this is a loop that waits.
+/// Tells the processor that the caller waits in a loop.
 inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_ia32_pause();
@@ -123,11 +123,12 @@ int choose_num_threads() {
 
 using Task = std::function<void(int, int)>;
 
-// Between the kernels of one model lie some tens of microseconds, and to wake a sleeping thread takes as long
-// or longer: so a thread looks for work this long before it sleeps.
+// The kernels of a model follow each other within tens of microseconds, and waking a sleeping thread takes as
+// long or longer: so a thread keeps looking for work for this long before it sleeps.
 constexpr auto kAwake = std::chrono::microseconds(100);
 
-/// Waits for a condition, awake; given up when nothing has been `going_on` for kAwake.
+/// Waits for a condition without sleeping, and returns whether it came. Gives up when `going_on` has been
+/// false for kAwake.
 template <class Condition, class GoingOn>
 bool spin_until(const Condition& condition, const GoingOn& going_on) {
     auto end = std::chrono::steady_clock::now() + kAwake;
@@ -145,17 +146,18 @@ bool spin_until(const Condition& condition, const GoingOn& going_on) {
 }
 
 #if defined(__linux__)
-// A scheduler may wake a thread on the processor of the one that woke it and leave both there, while another
-// idles: on two cores of a virtual machine (Linux 6.18) a product then took 1600 us instead of 700, for
-// tens of milliseconds. So a thread that begins a job on another's processor moves to a free one. It isn't
-// bound there: whom to run where stays the scheduler's business.
-class Places {
+// The processors that the threads of the pool run on. The scheduler may wake a thread on the processor of the
+// thread that woke it and leave both there, while another processor idles: on two cores of a virtual machine
+// (Linux 6.18) a product then took 1600 us instead of 700, for tens of milliseconds. So a thread that begins
+// a job on the processor of another thread moves to a free one. It is not bound to it: the scheduler may move
+// it again.
+class Processors {
   public:
-    explicit Places(int n_threads) : cpus_(static_cast<size_t>(n_threads)) {
+    explicit Processors(int n_threads) : cpus_(static_cast<size_t>(n_threads)) {
         for (auto& cpu : cpus_) cpu.store(-1, std::memory_order_relaxed);
     }
 
-    /// Notes where thread `index` runs, after a move if another that is awake runs there.
+    /// Notes where thread `index` runs, after a move if a thread that is awake already runs there.
     void take(int index) {
         leave(index);
         const int cpu = sched_getcpu();
@@ -182,24 +184,24 @@ class Places {
     std::vector<std::atomic<int>> cpus_;
 };
 #else
-struct Places {
-    explicit Places(int) {}
+struct Processors {
+    explicit Processors(int) {}
     void take(int) {}
     void leave(int) {}
 };
 #endif
 
-// Workers sleep on a condition variable when there is no job for a while. The caller is worker 0 and starts
-// at once, so a small job is often over before a sleeping worker has woken up.
+// Workers sleep on a condition variable if no job comes for a while. The caller is worker 0 and starts at
+// once, so that a small job is often done before a sleeping worker has woken up.
 class Pool {
   public:
-    explicit Pool(int n_threads) : places_(n_threads) {
+    explicit Pool(int n_threads) : processors_(n_threads) {
         for (int worker = 1; worker < n_threads; ++worker)
             std::thread([this, worker] { serve(worker); }).detach();
     }
 
     void run(int n_tasks, const Task& task) {
-        places_.take(0);
+        processors_.take(0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             task_ = &task;
@@ -211,7 +213,7 @@ class Pool {
         work(task, n_tasks, 0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            task_ = nullptr;  // a worker that wakes up only now finds nothing to do
+            task_ = nullptr;  // a worker that wakes up from now on finds nothing to do
         }
         const auto finished = [this] { return busy_.load(std::memory_order_acquire) == 0; };
         if (spin_until(finished, [] { return false; })) return;
@@ -230,10 +232,10 @@ class Pool {
         for (unsigned long seen = job_;;) {
             const auto there_is_a_job = [&] { return job_.load(std::memory_order_acquire) != seen; };
             lock.unlock();
-            // As long as the caller has its last tasks to do, the next job is near.
+            // While the caller still works on its last tasks, the next job is near.
             spin_until(there_is_a_job, [&] { return task_.load(std::memory_order_relaxed) != nullptr; });
             lock.lock();
-            if (!there_is_a_job()) places_.leave(worker);
+            if (!there_is_a_job()) processors_.leave(worker);
             wake_.wait(lock, there_is_a_job);
             seen = job_;
             if (task_ == nullptr) continue;
@@ -241,14 +243,14 @@ class Pool {
             const int n_tasks = n_tasks_;
             ++busy_;
             lock.unlock();
-            places_.take(worker);
+            processors_.take(worker);
             work(task, n_tasks, worker);
             lock.lock();
             if (--busy_ == 0) done_.notify_one();
         }
     }
 
-    Places places_;
+    Processors processors_;
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     std::atomic<const Task*> task_{nullptr};
@@ -258,9 +260,9 @@ class Pool {
     std::atomic<int> next_{0};
 };
 
-// Held while a job runs, so callers take turns; and across a fork, so that a child never inherits a
-// job half done. The child has no workers: it forgets the pool and makes its own when it needs one.
-// A pool is never destroyed: its threads may outlive every static object.
+// `turn` is held while a job runs, so that callers take turns, and during a fork, so that a child process
+// never inherits a job half done. The child has no workers: it forgets the pool and makes its own when it
+// needs one. A pool is never destroyed, because its threads may outlive every static object.
 std::mutex turn;
 Pool* pool = nullptr;
 

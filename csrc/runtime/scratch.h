@@ -7,8 +7,8 @@
 
 namespace mlxgpt {
 
-/// n floats on a 64-byte boundary, the calling thread's until its next call: fresh memory would cost a page
-/// fault for every 4 KB, each time.
+/// n floats on a 64-byte boundary, valid until the calling thread's next call of scratch. The memory is used
+/// again from call to call: fresh memory would cost a page fault for every 4 KB each time.
 inline float* scratch(size_t n) {
     struct Free {
         void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }

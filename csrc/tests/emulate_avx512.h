@@ -1,5 +1,6 @@
-// AVX-512 for testing target_avx512.cpp on a processor that has none: SIMDe, and what Debian's version of
-// it lacks, by halves. Included ahead of that file by the option MLXGPT_EMULATE_AVX512; never installed.
+// AVX-512 by SIMDe, to test the AVX-512 kernels on a processor without it. Intrinsics that Debian's version
+// of SIMDe lacks are emulated here, on two halves. The CMake option MLXGPT_EMULATE_AVX512 includes this
+// before target_avx512.cpp.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -8,7 +9,7 @@
 
 namespace emulate_avx512 {
 
-// f on each half of a; halves of To are what f gives.
+// Applies f to each half of a; the results are the halves of To.
 template <class To, class HalfFrom, class From, class F>
 inline To halves(From a, F f) {
     HalfFrom in[2];

@@ -1,7 +1,8 @@
-// Runs the kernels of every instruction set that this processor has, without Python: against double
-// precision, and the thread pool from several threads. For cross-compiled builds and sanitizers;
-// scripts/check_targets.sh builds and runs it. With the argument `threads` only what takes several threads,
-// with `quick` functions at fewer points. Exit status 1 and a line for each fault.
+// Tests without Python: the kernels of every instruction set that this processor runs, against double
+// precision, and the thread pool, from several threads. For cross-compiled builds and sanitizers;
+// scripts/check_targets.sh builds and runs it. With the argument `threads` it runs only the tests of several
+// threads, with `quick` it tests mathematical functions at fewer points. Prints a line for each fault; the
+// exit status is 1 if there is one.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,9 +29,21 @@ float from_bits(uint32_t bits) {
     return x;
 }
 
+// ---- the table ----
+
+// Every member is a pointer, or one of two ints that fill a word together.
+void check_table(const Kernels& isa) {
+    uintptr_t words[sizeof isa / sizeof(uintptr_t)];
+    static_assert(sizeof words == sizeof isa, "the table is whole words");
+    std::memcpy(words, &isa, sizeof isa);
+    for (size_t i = 0; i < sizeof words / sizeof *words; ++i)
+        expect(words[i] != 0, "%s: member %zu of the table of kernels is null: fill_table.h forgets it",
+               isa.name, i);
+}
+
 // ---- vector mathematics ----
 
-// Distance in units in the last place that float32 has at the exact result.
+// The error of a result in ulp, units in the last place of the exact result as a float32.
 double ulps(float result, double exact) {
     if (std::isnan(exact)) return std::isnan(result) ? 0 : 1e9;
     if (std::isnan(result)) return 1e9;
@@ -41,7 +54,7 @@ double ulps(float result, double exact) {
     return std::fabs(result - exact) / std::ldexp(1.0, exponent - 23);
 }
 
-uint32_t step = 1021;  // of all bit patterns functions take a prime's multiples
+uint32_t step = 1021;  // functions are tested at every multiple of this prime, taken as the bits of a float32
 
 void check_function(const Kernels& isa, const char* name, Kernels::Function* function,
                     double (*exact)(double), double bound,
@@ -69,7 +82,7 @@ void check_function(const Kernels& isa, const char* name, Kernels::Function* fun
            worst_at, bound);
 }
 
-// A result that is too small for a normal number is 0 by definition here.
+// exp2_nonpositive gives 0 where the result would be smaller than every normal number.
 double exact_exp2_nonpositive(double x) { return x < -126 ? 0 : std::exp2(x); }
 
 void check_mathematics(const Kernels& isa) {
@@ -82,7 +95,7 @@ void check_mathematics(const Kernels& isa) {
 
 // ---- attention ----
 
-/// One head in memory of its own, each array with canaries behind every row.
+/// One head in memory of its own. In each array, rows have gaps, filled with a known byte.
 struct Head {
     static constexpr int kGap = 3;
     AttentionHead head;
@@ -116,7 +129,7 @@ struct Head {
         memory.emplace_back(static_cast<size_t>(n) * rows.stride * size, 0xA5);
         rows.data = memory.back().data();
     }
-    // Cuts bits off; values need not be the nearest, only the same for kernel and reference.
+    // Rounds towards zero: kernel and reference only need the same values, not the nearest.
     void set(StoredRows& rows, int i, int d, float x) {
         unsigned char* at = static_cast<unsigned char*>(rows.data) + (i * rows.stride + d) * size;
         uint32_t bits;
@@ -152,15 +165,15 @@ struct Head {
 };
 
 void run(const Kernels& isa, const AttentionHead& head, int parts) {
-    std::vector<float> memory(isa.forward_scratch(head.T_k, head.D) + isa.backward_scratch(head.T_k, head.D) +
-                              16);
+    std::vector<float> memory(isa.attention_forward_scratch(head.T_k, head.D) +
+                              isa.attention_backward_scratch(head.T_k, head.D) + 16);
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     float* scratch = memory.data() + (64 - address % 64) % 64 / 4;
-    std::vector<float> sums(isa.kv_sums(head.T_k, head.D) * parts);
+    std::vector<float> sums(isa.attention_kv_sums(head.T_k, head.D) * parts);
     for (int part = 0; part < parts; ++part) {
         isa.attention_forward(head, part, parts, scratch);
         isa.attention_backward(head, part, parts, scratch,
-                               sums.data() + isa.kv_sums(head.T_k, head.D) * part);
+                               sums.data() + isa.attention_kv_sums(head.T_k, head.D) * part);
     }
     isa.attention_write_kv(head, sums.data(), parts);
 }
@@ -258,11 +271,11 @@ void check_dropout(const Kernels& isa) {
     expect(expected == found, "%s: the dropout mask differs from the scalar one", isa.name);
 }
 
-// ---- the operations beside attention ----
+// ---- layers, loss and optimizer ----
 
-/// What the kernels of an instruction set make of the same inputs, array after array. Rows have gaps, and
-/// lengths are no multiple of any vector's.
-std::vector<float> results_of_operations(const OpKernels& ops) {
+/// The results of all kernels of an instruction set but attention's on the same random inputs, one array
+/// after the other. Rows have gaps, and lengths are no multiple of any vector's length.
+std::vector<float> results_of_layers(const Kernels& isa) {
     constexpr int kRows = 3, kGap = 5;
     std::vector<float> results;
     for (const int n : {1, 7, 16, 37, 130, 1111}) {
@@ -281,80 +294,98 @@ std::vector<float> results_of_operations(const OpKernels& ops) {
                            bias = array(1), mean(kRows), rstd(kRows), sums(stride), more(stride);
         const auto rows = [&](std::vector<float>& a) { return Rows{a.data(), stride}; };
 
-        ops.add_bias(rows(x), kRows, n, bias.data(), rows(y));
+        isa.add_bias(rows(x), kRows, n, bias.data(), rows(y));
         keep(x);
-        for (const Gelu kind : {Gelu::kTanh, Gelu::kExact}) {
-            ops.bias_gelu(rows(x), kRows, n, bias.data(), kind, rows(z));
+        for (int i = 0; i < isa.n_activations; ++i) {
+            isa.activations[i].forward(rows(x), kRows, n, bias.data(), rows(z));
             keep(z);
-            ops.gelu_backward(rows(x), kRows, n, kind, rows(y), rows(z));
+            isa.activations[i].backward(rows(x), kRows, n, rows(y), rows(z));
             keep(y);
             keep(z);
         }
-        ops.add_columns(rows(y), kRows, n, sums.data());
-        ops.add(weight.data(), n, sums.data());
-        ops.scale(0.7F, n, sums.data());
+        isa.add_columns(rows(y), kRows, n, sums.data());
+        isa.add(weight.data(), n, sums.data());
         keep(sums);
-        ops.layer_norm_forward(x.data(), kRows, n, weight.data(), bias.data(), 1e-5F, y.data(), mean.data(),
+        isa.layer_norm_forward(x.data(), kRows, n, weight.data(), bias.data(), 1e-5F, y.data(), mean.data(),
                                rstd.data());
         for (std::vector<float>* a : {&y, &mean}) keep(*a);
-        if (n > 1) {  // alone, a number has no variance, and rstd magnifies whatever is rounded
+        if (n > 1) {  // a single number has no variance, and rstd magnifies all rounding errors
             keep(rstd);
-            ops.layer_norm_backward(z.data(), x.data(), kRows, n, weight.data(), mean.data(), rstd.data(),
+            isa.layer_norm_backward(z.data(), x.data(), kRows, n, weight.data(), mean.data(), rstd.data(),
                                     y.data(), true, sums.data(), more.data());
             for (std::vector<float>* a : {&y, &sums, &more}) keep(*a);
         }
-        const double loss = ops.cross_entropy(x.data(), n, n / 2, 0.5F);
+        const double loss = isa.cross_entropy(x.data(), n, n / 2, 0.5F);
         keep(x);
-        const double norm = ops.squares(z.data(), n);
+        const double norm = isa.squares(z.data(), n);
         results.insert(results.end(), {static_cast<float>(loss), static_cast<float>(norm)});
         std::vector<float> m = array(1), v(stride, 0.3F), dropped(stride);
-        ops.adamw(weight.data(), bias.data(), m.data(), v.data(), n, 0.99F,
+        isa.adamw(weight.data(), bias.data(), m.data(), v.data(), n, 0.99F,
                   {0.5F, 1e-3F, 0.9F, 0.99F, 1e-8F, 2.0F, 3.0F});
         for (std::vector<float>* a : {&weight, &m, &v}) keep(*a);
-        ops.dropout(z.data(), bias.data(), 0, n, 0.3F, 0x123456789ABCDEFU, dropped.data());
+        isa.dropout(z.data(), bias.data(), 0, n, 0.3F, 0x123456789ABCDEFU, dropped.data());
         keep(dropped);
     }
     return results;
 }
 
-/// tests/test_kernels.py compares them with the definitions; here the scalar kernels are the measure.
-void check_operations(const Kernels& isa) {
-    const std::vector<float> expected = results_of_operations(*kernels_scalar.ops);
-    const std::vector<float> found = results_of_operations(*isa.ops);
+/// Compares with the scalar kernels. The Python tests compare with the definitions.
+void check_layers(const Kernels& isa) {
+    const std::vector<float> expected = results_of_layers(kernels_scalar);
+    const std::vector<float> found = results_of_layers(isa);
     for (size_t i = 0; i < expected.size(); ++i)
         expect(std::fabs(found[i] - expected[i]) <= 2e-5F * (1 + std::fabs(expected[i])),
-               "%s: result %zu of the operations is %.9g, expected %.9g", isa.name, i, found[i], expected[i]);
+               "%s: result %zu of the layers is %.9g, expected %.9g", isa.name, i, found[i], expected[i]);
+}
+
+/// Logits so large that their exponentials overflow, infinite ones, and NaN.
+void check_extreme_logits(const Kernels& isa) {
+    const auto loss_of = [&](std::vector<float> logits, int target) {
+        const double loss = isa.cross_entropy(logits.data(), static_cast<int>(logits.size()), target, 1.0F);
+        for (const float gradient : logits)
+            expect(std::isfinite(gradient) == std::isfinite(loss),
+                   "%s: cross entropy: the loss is %g, a gradient %g", isa.name, loss, gradient);
+        return loss;
+    };
+    expect(loss_of({1e4F, -1e4F, 0}, 0) == 0, "%s: cross entropy: large logits", isa.name);
+    expect(loss_of({3e38F, -3e38F, 0}, 0) == 0, "%s: cross entropy: logits that cannot be larger", isa.name);
+    expect(std::fabs(loss_of({-INFINITY, 0, 1}, 2) - std::log1p(std::exp(-1.0))) < 1e-6,
+           "%s: cross entropy: a logit of -infinity", isa.name);
+    for (const int at : {0, 5, 36}) {
+        std::vector<float> logits(37, 0.5F);
+        logits[at] = NAN;
+        expect(std::isnan(loss_of(logits, 0)), "%s: cross entropy: NaN at %d is lost", isa.name, at);
+    }
 }
 
 // ---- a few rows times weights in any storage ----
 
 void check_few_rows(const Kernels& isa, int n_out, int n_in, Storage storage, int bits, int group) {
     constexpr int kMost = 20, kGap = 3;
-    const OpKernels& ops = *isa.ops;
     const StoredWeights weights(n_out, n_in, storage, bits, group);
     std::mt19937 random(n_in);
     std::normal_distribution<float> normal;
     std::vector<float> x(kMost * (n_in + kGap)), row(n_in), alone(kMost * n_out);
     for (float& value : x) value = normal(random);
     for (int j = 0; j < n_out; ++j) {
-        ops.weight_row(weights.view.from(j), n_in, row.data());
+        isa.weight_row(weights.view.from(j), n_in, row.data());
         for (int k = 0; k < n_in; ++k)
             expect(std::fabs(row[k] - weights.exact[static_cast<size_t>(j) * n_in + k]) <= 1e-6,
                    "%s: weight %d, %d of %d bits is %g", isa.name, j, k, bits, row[k]);
     }
 
-    // On the boundaries that scratch() has.
-    const size_t quantized = ops.quantized_row(weights.view, n_in);
-    std::vector<float> memory(16 + quantized * kMost + ops.few_rows_scratch(weights.view, n_in));
+    // On a 64-byte boundary, as scratch() gives it.
+    const size_t quantized = isa.quantized_row(weights.view, n_in);
+    std::vector<float> memory(16 + quantized * kMost + isa.few_rows_scratch(weights.view, n_in));
     float* const scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
     Rows rows{x.data(), n_in + kGap};
     if (quantized > 0) {
-        rows = {scratch + ops.few_rows_scratch(weights.view, n_in), static_cast<ptrdiff_t>(quantized)};
+        rows = {scratch + isa.few_rows_scratch(weights.view, n_in), static_cast<ptrdiff_t>(quantized)};
         for (int i = 0; i < kMost; ++i)
-            ops.quantize(x.data() + i * (n_in + kGap), weights.view, n_in, rows.data + i * rows.stride);
+            isa.quantize(x.data() + i * (n_in + kGap), weights.view, n_in, rows.data + i * rows.stride);
     }
     const auto multiply = [&](int first, int n, Rows out) {
-        ops.few_rows({rows.data + first * rows.stride, rows.stride}, n, weights.view, n_out, n_in, out,
+        isa.few_rows({rows.data + first * rows.stride, rows.stride}, n, weights.view, n_out, n_in, out,
                      scratch);
     };
     for (int i = 0; i < kMost; ++i) multiply(i, 1, {alone.data() + i * n_out, n_out});
@@ -398,18 +429,17 @@ void check_few_rows(const Kernels& isa) {
 
 /// x with NaN, infinities, tiny numbers or zeros in one group of two, times quantized weights.
 void check_odd_x(const Kernels& isa) {
-    const OpKernels& ops = *isa.ops;
     const StoredWeights weights(5, 128, Storage::kFloat16, 4, 64);
-    std::vector<float> memory(16 + ops.quantized_row(weights.view, 128) +
-                              ops.few_rows_scratch(weights.view, 128));
+    std::vector<float> memory(16 + isa.quantized_row(weights.view, 128) +
+                              isa.few_rows_scratch(weights.view, 128));
     float* const scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
-    float* const row = scratch + ops.few_rows_scratch(weights.view, 128);
+    float* const row = scratch + isa.few_rows_scratch(weights.view, 128);
     for (const float odd : {NAN, INFINITY, -INFINITY, 0.0F, -0.0F, 1e-44F, 1e-31F, -1e-37F}) {
         std::vector<float> x(128), out(5);
         x[3] = 1;
         for (const int at : {64, 101, 127}) x[at] = odd;
-        ops.quantize(x.data(), weights.view, 128, row);
-        ops.few_rows({row, 0}, 1, weights.view, 5, 128, {out.data(), 5}, scratch);
+        isa.quantize(x.data(), weights.view, 128, row);
+        isa.few_rows({row, 0}, 1, weights.view, 5, 128, {out.data(), 5}, scratch);
         for (int j = 0; j < 5; ++j)
             expect(std::isfinite(odd) ? std::fabs(out[j] - weights.exact[j * 128 + 3]) < 1e-4
                                       : std::isnan(out[j]),
@@ -417,7 +447,7 @@ void check_odd_x(const Kernels& isa) {
     }
 }
 
-// ---- the whole call, from several threads ----
+// ---- calls from several threads ----
 
 void check_threads() {
     static constexpr int B = 2, n_head = 3, T = 150, D = 16, kSize = B * n_head * T * D;
@@ -453,7 +483,7 @@ void check_threads() {
     std::vector<int> same(4);
     for (int n = 0; n < 4; ++n)
         threads.emplace_back([&, n] {
-            for (int again = 0; again < 5; ++again) same[n] += attend() == expected;
+            for (int run = 0; run < 5; ++run) same[n] += attend() == expected;
         });
     for (std::thread& thread : threads) thread.join();
     for (const int n : same) expect(n == 5, "attention: %d of 5 runs of a thread gave other bits", 5 - n);
@@ -478,17 +508,17 @@ float widened(uint16_t bits, Storage storage) {
     return bits >> 15 ? -size : size;
 }
 
-// Every element is its own bits' value, nothing behind out is written, and one value that is not finite is
-// seen wherever it lies.
-void check_copy(int rows, int columns, bool turned, Storage from, Storage to) {
+// Checks that every element has the value of its bits, that nothing after `out` is written, and that a value
+// that is not finite is noticed at any place.
+void check_copy(int rows, int columns, bool transposed, Storage from, Storage to) {
     const int from_size = from == Storage::kFloat32 ? 4 : 2, to_size = to == Storage::kFloat32 ? 4 : 2;
     const int n = rows * columns;
     std::vector<char> memory(n * from_size + 1), out(n * to_size + 8, '\x55');
     std::vector<uint32_t> bits(n);
     std::mt19937 random(n);
     CopyCall call{rows, columns, memory.data() + 1, 0, 0, from, out.data(), to};
-    call.x_row = from_size * (turned ? 1 : columns);
-    call.x_column = from_size * (turned ? rows : 1);
+    call.x_row = from_size * (transposed ? 1 : columns);
+    call.x_column = from_size * (transposed ? rows : 1);
     const auto put = [&](int i, uint32_t value) {
         bits[i] = value;
         std::memcpy(memory.data() + 1 + i / columns * call.x_row + i % columns * call.x_column, &value,
@@ -515,7 +545,7 @@ void check_copy(int rows, int columns, bool turned, Storage from, Storage to) {
         }
         return std::all_of(out.end() - 8, out.end(), [](char c) { return c == '\x55'; });
     };
-    const char* layout = turned ? "turned" : "straight";
+    const char* layout = transposed ? "transposed" : "straight";
     expect(copy(call) && right(), "copy: (%d, %d) %s, %d to %d bytes", rows, columns, layout, from_size,
            to_size);
     for (const int at : {0, n / 2, n - 1}) {
@@ -532,7 +562,7 @@ void check_copies() {
     for (const Storage from : kStorages)
         for (const Storage to : {from, Storage::kFloat32})
             for (const auto& [rows, columns] : kShapes)
-                for (const bool turned : {false, true}) check_copy(rows, columns, turned, from, to);
+                for (const bool transposed : {false, true}) check_copy(rows, columns, transposed, from, to);
 }
 
 }  // namespace
@@ -543,11 +573,13 @@ int main(int argc, char** argv) {
     if (part == "quick") step = 16381;
     for (const Kernels* isa : all ? usable_kernels() : std::vector<const Kernels*>{}) {
         std::printf("%s\n", isa->name);
+        check_table(*isa);
         check_mathematics(*isa);
         check_attention(*isa);
         check_nan(*isa);
         check_dropout(*isa);
-        check_operations(*isa);
+        check_layers(*isa);
+        check_extreme_logits(*isa);
         check_few_rows(*isa);
         check_odd_x(*isa);
     }

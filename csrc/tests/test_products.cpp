@@ -1,11 +1,12 @@
-// Runs what is built on a BLAS, linear layers and cross entropy, without Python: against double precision,
-// and from several threads. test_kernels.cpp has the kernels; scripts/check_targets.sh runs both.
+// Tests without Python of the operations that call a BLAS, linear layers and cross entropy: against double
+// precision, and from several threads. scripts/check_targets.sh builds and runs it, after test_kernels.cpp.
 #include <algorithm>
 #include <cmath>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "ops/activation.h"
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
 #include "runtime/dispatch.h"
@@ -17,7 +18,7 @@ namespace {
 
 std::mt19937 generator(0);
 
-/// Random numbers, their rows apart: what lies between must stay as it is.
+/// A matrix of random numbers with gaps between its rows, which nobody may write to.
 struct Matrix {
     static constexpr float kBetween = 1e30F;
     int rows, columns, stride;
@@ -40,7 +41,7 @@ Weights weights_of(const Matrix& a) {
     return weights;
 }
 
-/// Compares a matrix with exact(i, j), to within float's rounding of a sum of `terms`.
+/// Compares a matrix with exact(i, j), up to the rounding errors of a sum of `terms` in float.
 template <class Exact>
 void compare(const char* what, const Matrix& found, int terms, Exact exact) {
     double worst = 0;
@@ -57,14 +58,13 @@ void compare(const char* what, const Matrix& found, int terms, Exact exact) {
     expect(between, "%s (%d x %d): wrote between rows", what, found.rows, found.columns);
 }
 
-double gelu(double x, Gelu kind) {
-    if (kind == Gelu::kExact) return 0.5 * x * std::erfc(-x * std::sqrt(0.5));
+// The definitions of the activation functions.
+double gelu_new(double x) {
     return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
 }
+double gelu(double x) { return 0.5 * x * std::erfc(-x * std::sqrt(0.5)); }
 
-double gelu_slope(double x, Gelu kind) { return (gelu(x + 1e-5, kind) - gelu(x - 1e-5, kind)) / 2e-5; }
-
-void check_linear(int rows, int n_in, int n_out, Gelu kind) {
+void check_linear(int rows, int n_in, int n_out, const char* activation, double (*f)(double)) {
     Matrix x(rows, n_in), weight(n_out, n_in), bias(1, n_out), residual(rows, n_out), out(rows, n_out),
         activated(rows, n_out);
     const auto product = [&](int i, int j) {
@@ -80,7 +80,7 @@ void check_linear(int rows, int n_in, int n_out, Gelu kind) {
     forward.weight = weights_of(weight);
     forward.bias = bias.memory.data();
     forward.out = out.view();
-    forward.gelu = kind;
+    forward.activation = &activation_named(activation);
     forward.residual = residual.view();
     linear_forward(forward);
     compare("x W^T + b + residual", out, n_in, [&](int i, int j) { return product(i, j) + residual(i, j); });
@@ -88,9 +88,9 @@ void check_linear(int rows, int n_in, int n_out, Gelu kind) {
     forward.activated = activated.view();
     linear_forward(forward);
     compare("x W^T + b", out, n_in, product);
-    compare("gelu", activated, n_in, [&](int i, int j) { return gelu(product(i, j), kind); });
+    compare(activation, activated, n_in, [&](int i, int j) { return f(product(i, j)); });
 
-    Matrix dout(rows, n_out), dx(rows, n_in), dweight(n_out, n_in), dbias(1, n_out), again(rows, n_in);
+    Matrix dout(rows, n_out), dx(rows, n_in), dweight(n_out, n_in), dbias(1, n_out), recomputed(rows, n_in);
     const Matrix dweight_before = dweight, dbias_before = dbias;
     LinearBackward backward;
     backward.rows = rows;
@@ -103,7 +103,7 @@ void check_linear(int rows, int n_in, int n_out, Gelu kind) {
     backward.dweight = dweight.view();
     backward.dbias = dbias.memory.data();
     backward.accumulate = true;
-    backward.gelu = kind;
+    backward.activation = &activation_named(activation);
     const auto exact_dx = [&](int i, int k) {
         double sum = 0;
         for (int j = 0; j < n_out; ++j) sum += dout(i, j) * weight(j, k);
@@ -124,14 +124,15 @@ void check_linear(int rows, int n_in, int n_out, Gelu kind) {
     backward.dweight = {};
     backward.dbias = nullptr;
     backward.pre = x.view();
-    backward.activated = again.view();
+    backward.activated = recomputed.view();
     linear_backward(backward);
-    compare("dx through gelu", dx, n_out,
-            [&](int i, int k) { return exact_dx(i, k) * gelu_slope(x(i, k), kind); });
-    compare("gelu again", again, 1, [&](int i, int k) { return gelu(x(i, k), kind); });
+    const auto slope = [f](double at) { return (f(at + 1e-5) - f(at - 1e-5)) / 2e-5; };
+    compare("dx through the activation", dx, n_out,
+            [&](int i, int k) { return exact_dx(i, k) * slope(x(i, k)); });
+    compare("recomputed activation", recomputed, 1, [&](int i, int k) { return f(x(i, k)); });
 }
 
-// Few rows and many, and the loss, with weights in any storage.
+// The forward pass, for few and for many rows, and the loss, with weights in any storage.
 void check_storage(int rows, int n_in, int n_out, Storage storage, int bits, int group) {
     const StoredWeights weights(n_out, n_in, storage, bits, group);
     Matrix x(rows, n_in), bias(1, n_out), out(rows, n_out), activated(rows, n_out);
@@ -160,12 +161,13 @@ void check_storage(int rows, int n_in, int n_out, Storage storage, int bits, int
     call.bias = bias.memory.data();
     call.out = out.view();
     call.activated = activated.view();
+    call.activation = &activation_named("gelu_new");
     linear_forward(call);
-    // Quantized x adds a part of its largest element for each term.
+    // If x is quantized, each term's error is a fraction of x's largest element.
     const int terms = bits == 0 ? n_in : 400 * n_in;
     compare("x W^T of stored weights", out, terms, with_bias);
-    compare("gelu of stored weights", activated, terms,
-            [&](int i, int j) { return gelu(with_bias(i, j), Gelu::kTanh); });
+    compare("gelu_new of stored weights", activated, terms,
+            [&](int i, int j) { return gelu_new(with_bias(i, j)); });
     LinearCrossEntropy entropy;
     entropy.N = rows;
     entropy.C = n_in;
@@ -255,7 +257,7 @@ void check_threads() {
     std::vector<int> same(4);
     for (int n = 0; n < 4; ++n)
         threads.emplace_back([&, n] {
-            for (int again = 0; again < 5; ++again) same[n] += compute() == expected;
+            for (int run = 0; run < 5; ++run) same[n] += compute() == expected;
         });
     for (std::thread& thread : threads) thread.join();
     for (const int n : same) expect(n == 5, "products: %d of 5 runs of a thread gave other bits", 5 - n);
@@ -265,10 +267,10 @@ void check_threads() {
 
 int main() {
     std::printf("%s\n", kernels().name);
-    for (const Gelu kind : {Gelu::kTanh, Gelu::kExact}) {
-        check_linear(1, 1, 1, kind);
-        check_linear(7, 33, 5, kind);
-        check_linear(150, 70, 200, kind);  // more than one task
+    for (const auto& [activation, f] : {std::pair{"gelu_new", gelu_new}, {"gelu", gelu}}) {
+        check_linear(1, 1, 1, activation, f);
+        check_linear(7, 33, 5, activation, f);
+        check_linear(150, 70, 200, activation, f);  // more than one task
     }
     check_cross_entropy(1, 1, 1);
     check_cross_entropy(70, 33, 50);

@@ -1,4 +1,4 @@
-// What the test programs share.
+// Faults and random weights, for both test programs.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace mlxgpt {
 
 inline int faults = 0;
 
-/// Prints a line for a fault, and counts it.
+/// Unless `good`, counts a fault and prints a line for it.
 template <class... Values>
 void expect(bool good, const char* format, Values... values) {
     if (good) return;
@@ -24,7 +24,7 @@ void expect(bool good, const char* format, Values... values) {
     std::printf("\n");
 }
 
-/// Random weights in any storage, and what they are in double precision.
+/// Random weights in any storage, and their exact values in double precision.
 struct StoredWeights {
     std::vector<float> floats;
     std::vector<uint16_t> halves, scales, biases;
@@ -32,7 +32,8 @@ struct StoredWeights {
     Weights view;
     std::vector<double> exact;
 
-    /// bits 0: floats of `storage`, rows apart; else quantized with scales of that storage, not float32.
+    /// If bits is 0, floats in `storage`; else quantized, with scales and biases in `storage`, which is not
+    /// float32. Rows have gaps.
     StoredWeights(int n_out, int n_in, Storage storage, int bits = 0, int group = 0)
         : exact(static_cast<size_t>(n_out) * n_in) {
         std::mt19937 random(n_out * 1000 + n_in);
@@ -64,7 +65,7 @@ struct StoredWeights {
     }
 
   private:
-    // The nearest number towards zero, neither infinite nor subnormal.
+    // x rounded towards zero and clamped, so that it is neither infinite nor subnormal.
     uint16_t half(float x) const {
         x = std::copysign(std::fmin(std::fabs(x) + 0.001F, 4.0F), x);
         uint32_t bits;
@@ -90,8 +91,7 @@ struct StoredWeights {
     }
 };
 
-/// Calls f(storage, bits, group) for everything that weights may be stored in; n_in is a multiple of the
-/// group.
+/// Calls f(storage, bits, group) for every way to store weights of n_in columns.
 template <class F>
 void for_storages(int n_in, F f) {
     for (const Storage storage : {Storage::kFloat32, Storage::kBFloat16, Storage::kFloat16}) f(storage, 0, 0);
