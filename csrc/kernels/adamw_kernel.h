@@ -1,5 +1,5 @@
-// AdamW (Loshchilov & Hutter 2019, algorithm 2) on one stretch of a parameter, and the sum of squares that
-// its clipping needs.
+// A step of AdamW (Loshchilov & Hutter 2019, algorithm 2) on a part of a parameter, and the sum of squares
+// for clipping by the norm.
 //
 // Included by target_<isa>.cpp after its Vec.
 #pragma once
@@ -12,7 +12,8 @@ namespace {
 using mlxgpt::AdamWStep;
 
 double squares(const float* x, ptrdiff_t n) {
-    // Sums of 4096 in float, those in double: as exact as needed, and vectors stay full.
+    // Each 4096 squares are summed in float, with full vectors, and these sums in double, so that no digits
+    // are lost.
     double total = 0.0;
     for (ptrdiff_t i = 0; i < n; i += 4096) {
         const int part = static_cast<int>(n - i < 4096 ? n - i : 4096);

@@ -1,4 +1,4 @@
-// Cross entropy of one row of logits, and its gradient in their place.
+// The cross entropy of one row of logits, and its gradient, which replaces the logits.
 //
 // Included by target_<isa>.cpp after its Vec.
 #pragma once
@@ -15,11 +15,13 @@ double cross_entropy(float* logits, int V, int target, float factor) {
     for_vectors(V, [&](ptrdiff_t i, auto some) { tops = max(tops, some.read_or(-INFINITY, logits + i)); });
     const float top = largest(tops);
 
-    // A NaN that the maximum passed over comes back in the sum.
+    // The maximum may have skipped a NaN. It is in the sum all the same.
     const Vec shift = set(top);
     const bool gradient = factor != 0.0F;
     const float picked = logits[target];
-    double total = 0;  // of sums of 1024: a float sum of 50,000 would lose digits where vectors are short
+    // Each 1024 exponentials are summed in float, these sums in double: with short vectors, a float sum of
+    // 50,000 terms would lose digits.
+    double total = 0;
     for (int first = 0; first < V; first += 1024) {
         float* part = logits + first;
         total += static_cast<double>(row_sum(V - first < 1024 ? V - first : 1024, [&](int i, auto some) {

@@ -8,8 +8,8 @@
 
 namespace {
 
-/// Element i belongs to word (i % 64) / 16 of counter i / 64 * 16 + i % 16, so that 4, 8 or 16 lanes of
-/// counters side by side give elements side by side, and every instruction set the same mask.
+/// Element i uses word (i % 64) / 16 of the random numbers of counter i / 64 * 16 + i % 16. So vectors of 4,
+/// 8 or 16 adjacent counters give adjacent elements, and every instruction set gives the same mask.
 void dropout(const float* x, const float* residual, uint64_t first, ptrdiff_t n, float p, uint64_t seed,
              float* out) {
     const DropoutFactors factors(p);

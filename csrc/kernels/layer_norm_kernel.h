@@ -13,8 +13,8 @@ void layer_norm_forward(const float* x, int n_rows, int n_cols, const float* wei
                         float eps, float* out, float* mean, float* rstd) {
     const float n = static_cast<float>(n_cols);
     for (int row = 0; row < n_rows; ++row, x += n_cols, out += n_cols) {
-        // The row stays in L1, so the variance takes a pass of its own around the mean: squares of large
-        // values would cancel.
+        // The variance takes a second pass, over the differences from the mean, as the mean of squares minus
+        // the square of the mean would cancel for large values. The row is still in L1.
         const float m = row_sum(n_cols, [&](int i, auto some) { return some.read(x + i); }) / n;
         const float variance = row_sum(n_cols,
                                        [&](int i, auto some) {

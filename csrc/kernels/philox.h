@@ -1,5 +1,5 @@
-// Counter-based random numbers: a pure function of key and counter, so that a backward pass gets the
-// forward's numbers again without storing them.
+// Random numbers that are a pure function of a key and a counter, so that the backward pass recomputes the
+// forward pass's numbers instead of storing them.
 //
 // Included by target_<isa>.cpp after its Vec.
 #pragma once
@@ -10,8 +10,8 @@ struct Random4 {
     UVec word[4];
 };
 
-/// Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
-/// 7 is their least number of rounds that passes BigCrush), kLanes counters at once.
+/// Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for kLanes counters at
+/// once. 7 rounds are the fewest with which it passes the BigCrush tests.
 inline Random4 philox(UVec c0, UVec c1, UVec c2, UVec c3, uint64_t key) {
     uint32_t k0 = static_cast<uint32_t>(key);
     uint32_t k1 = static_cast<uint32_t>(key >> 32);
@@ -29,11 +29,11 @@ inline Random4 philox(UVec c0, UVec c1, UVec c2, UVec c3, uint64_t key) {
     return {{c0, c1, c2, c3}};
 }
 
-/// What dropout multiplies by, from random numbers: 0 with chance p, else 1 / (1 - p).
+/// Turns random numbers into dropout factors: 0 with chance p, else 1 / (1 - p).
 struct DropoutFactors {
     Vec limit, kept;
     explicit DropoutFactors(float p)
-        : limit(set(p * 16777216.0F)), kept(set(1.0F / (1.0F - p))) {}  // 2^24, against 24 random bits
+        : limit(set(p * 16777216.0F)), kept(set(1.0F / (1.0F - p))) {}  // compared with 24 random bits
     Vec operator()(UVec random) const { return zero_where(less(top_24_bits(random), limit), kept); }
 };
 

@@ -13,7 +13,7 @@ using mlxgpt::Float16;
 using mlxgpt::Storage;
 using mlxgpt::Weights;
 
-/// Calls f with a pointer of the type that floats are stored in.
+/// Calls f with a pointer of the type that the floats are stored in.
 template <class F>
 inline void typed(const void* data, Storage storage, F f) {
     if (storage == Storage::kBFloat16)
@@ -39,7 +39,7 @@ void weight_row(const Weights& weights, int n_in, float* out) {
         float scale, bias;
         to_floats(scales + i / weights.group * weights.element_size(), weights.storage, 1, &scale);
         to_floats(biases + i / weights.group * weights.element_size(), weights.storage, 1, &bias);
-        // Loops that compilers turn into vectors: bytes first, then floats.
+        // Two loops that compilers vectorize: first bytes, then floats.
         unsigned char bytes[128];
         const unsigned char* numbers = q + i;
         if (weights.bits == 4) {

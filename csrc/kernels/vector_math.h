@@ -1,6 +1,5 @@
-// Vector mathematics. Each function states its error bound in ulp, units in the last place of the exact
-// result; csrc/tests/test_kernels.cpp and tests/test_vector_math.py hold it to that over the whole range of
-// float32.
+// Mathematical functions of vectors. Each states its error bound in ulp, units in the last place of the exact
+// result; csrc/tests/test_kernels.cpp and tests/test_vector_math.py test it over the whole range of float32.
 //
 // Included by target_<isa>.cpp after its Vec.
 #pragma once
@@ -17,10 +16,10 @@ struct Gate {
     Vec value, slope;
 };
 
-/// 2^x for x <= 0, as softmax asks for it: 1.2 ulp; results below the smallest normal number are 0;
+/// 2^x for x <= 0, which is all that softmax needs: 1.2 ulp; results below the smallest normal number are 0;
 /// NaN stays NaN.
 inline Vec exp2_nonpositive(Vec x) {
-    // x = n + f with |f| <= 1/2, and 2^f by its minimax polynomial; n goes straight into the exponent.
+    // x = n + f with |f| <= 1/2; 2^f by a minimax polynomial, and n is added to the exponent's bits.
     const Vec n = round(x);
     const Vec f = x - n;
     Vec p = set(1.5353362e-4F);
@@ -35,10 +34,10 @@ inline Vec exp2_nonpositive(Vec x) {
 
 /// e^x: 1.1 ulp, subnormal results included.
 inline Vec exp(Vec x) {
-    // Beyond these everything is 0 or infinity. A NaN as the second operand of max and min stays.
+    // Beyond these bounds the result is 0 or infinity. max and min return their second operand if it is NaN.
     x = min(set(89.0F), max(set(-104.0F), x));
     const Vec n = round(x * set(kLog2E));
-    Vec f = fma(n, set(-0.693359375F), x);  // ln 2 in two parts, the first exact in a product with n
+    Vec f = fma(n, set(-0.693359375F), x);  // ln 2 in two parts; n times the first is exact
     f = fma(n, set(2.12194440e-4F), f);
     Vec p = set(1.9875691500e-4F);  // Cephes expf
     p = fma(p, f, set(1.3981999507e-3F));
@@ -47,7 +46,7 @@ inline Vec exp(Vec x) {
     p = fma(p, f, set(1.6666665459e-1F));
     p = fma(p, f, set(5.0000001201e-1F));
     p = fma(p, f * f, f) + set(1.0F);
-    // 2^n in two steps: n may be out of a normal number's range where the result is not.
+    // 2^n in two factors: 2^n may be out of range although the result is not.
     const Vec half = round(n * set(0.5F));
     return p * add_to_exponent(set(1.0F), half) * add_to_exponent(set(1.0F), n - half);
 }
@@ -59,7 +58,7 @@ inline Vec with_sign(Vec magnitude, UVec sign) { return from_bits(bits(magnitude
 /// tanh: 2 ulp. Infinities give 1 and -1, NaN stays NaN, and the sign of zero is kept.
 inline Vec tanh(Vec x) {
     const Vec a = absolute(x);
-    // Near 0 an odd polynomial (Cephes' tanhf), for (1 - e^-2a) / (1 + e^-2a) would lose digits there.
+    // Near 0 an odd polynomial (Cephes' tanhf), because (1 - e^-2a) / (1 + e^-2a) would lose digits.
     const Vec s = x * x;
     Vec p = set(-5.70498872745e-3F);
     p = fma(p, s, set(2.06390887954e-2F));
@@ -84,7 +83,7 @@ inline Vec erf(Vec x) {
     p = fma(p, s, set(-3.76125336e-1F));
     p = fma(p, s, set(1.28379166e-1F));
     const Vec small = fma(p, x, x);
-    // 1 - exp(q(a)); from 4 on it is 1, and q must not overflow.
+    // 1 - exp(q(a)). From a = 4 on this is 1; the clamp keeps q from overflowing.
     const Vec b = select(less(set(4.0F), a), set(4.0F), a);
     Vec q = fma(fma(set(-1.72853470e-5F), b, set(3.83197126e-4F)), b * b,
                 fma(set(-3.88396438e-3F), b, set(2.42546219e-2F)));
@@ -100,11 +99,11 @@ inline Vec erf(Vec x) {
 inline Vec log(Vec x) {
     const Mask denormal = less(x, set(1.17549435e-38F));
     const Vec y = select(denormal, x * set(8388608.0F), x);  // times 2^23
-    // y = m 2^e with m in [2/3, 4/3): the difference of the bits to 2/3's holds e above m's mantissa.
+    // y = m 2^e with m in [2/3, 4/3): the bits of y minus those of 2/3 hold e in the exponent's place.
     const UVec two_thirds = set_u(0x3F2AAAABU);
     const UVec above = bits(y) - two_thirds;
     const Vec m = from_bits((above & set_u(0x007FFFFFU)) + two_thirds);
-    // Shifted without its sign, so it is brought above 0 for that.
+    // The shift is unsigned, so 128 is added to e before it and subtracted after it.
     const Vec e =
         to_float(exponent_field(above + set_u(0x40000000U))) - select(denormal, set(151.0F), set(128.0F));
     const Vec f = m - set(1.0F);

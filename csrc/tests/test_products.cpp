@@ -1,6 +1,7 @@
 // Tests without Python of the operations that call a BLAS, linear layers and cross entropy: against double
 // precision, and from several threads. scripts/check_targets.sh builds and runs it, after test_kernels.cpp.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <random>
 #include <thread>
@@ -267,10 +268,9 @@ void check_threads() {
 
 int main() {
     std::printf("%s\n", kernels().name);
-    for (const auto& [activation, f] : {std::pair{"gelu_new", gelu_new}, {"gelu", gelu}}) {
-        check_linear(1, 1, 1, activation, f);
-        check_linear(7, 33, 5, activation, f);
-        check_linear(150, 70, 200, activation, f);  // more than one task
+    for (const auto& [rows, n_in, n_out] : {std::array{1, 1, 1}, {7, 33, 5}, {150, 70, 200}}) {
+        check_linear(rows, n_in, n_out, "gelu_new", gelu_new);  // the last shape has more than one task
+        check_linear(rows, n_in, n_out, "gelu", gelu);
     }
     check_cross_entropy(1, 1, 1);
     check_cross_entropy(70, 33, 50);
