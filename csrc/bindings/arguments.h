@@ -312,7 +312,7 @@ inline void expect_finite(const char* where, const char* name, double value) {
 }
 
 /// One of many arrays, without gaps.
-struct Stretch {
+struct Extent {
     const float* begin;
     py::ssize_t size;
     std::string name;
@@ -321,18 +321,18 @@ struct Stretch {
 
 /// Fails if an array that is written shares memory with another. The arrays are sorted by address, as there
 /// are too many to compare each pair.
-inline void expect_distinct(const char* where, std::vector<Stretch> all) {
-    std::sort(all.begin(), all.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
-    const Stretch *furthest = nullptr, *furthest_written = nullptr;
-    const auto reaches = [](const Stretch* a, const Stretch& b) {
+inline void expect_distinct(const char* where, std::vector<Extent> all) {
+    std::sort(all.begin(), all.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+    const Extent *furthest = nullptr, *furthest_written = nullptr;
+    const auto reaches = [](const Extent* a, const Extent& b) {
         return a != nullptr && a->begin + a->size > b.begin;
     };
-    for (const Stretch& b : all) {
-        const Stretch* a = b.written ? furthest : furthest_written;
+    for (const Extent& b : all) {
+        const Extent* a = b.written ? furthest : furthest_written;
         if (reaches(a, b))
             fail(where, a->name + " and " + b.name + " share memory, expected " +
                             (b.written ? b.name : a->name) + " to have its own");
-        const auto further = [&](const Stretch* than) {
+        const auto further = [&](const Extent* than) {
             return than == nullptr || b.begin + b.size > than->begin + than->size;
         };
         if (further(furthest)) furthest = &b;

@@ -72,7 +72,7 @@ double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py:
             fail(where, name + (" is " + std::to_string(value)) + ", expected a finite number, 0 or more");
     if (!(max_norm >= 0)) fail(where, "max_norm is " + std::to_string(max_norm) + ", expected 0 or more");
     std::vector<AdamWTensor> tensors;
-    std::vector<Stretch> stretches;
+    std::vector<Extent> extents;
     for (size_t i = 0; i < n; ++i) {
         const std::string at = "[" + std::to_string(i) + "]";
         const Array parameter(where, "parameters" + at, parameters[i], Access::kWrite);
@@ -86,10 +86,10 @@ double py_adamw(const std::vector<py::buffer>& parameters, const std::vector<py:
         tensors.push_back({parameter.contiguous(), gradient.contiguous(), first.contiguous(),
                            second.contiguous(), static_cast<ptrdiff_t>(parameter.info.size), decayed[i]});
         for (const Array* array : {&parameter, &gradient, &first, &second})
-            stretches.push_back(
+            extents.push_back(
                 {static_cast<float*>(array->info.ptr), array->info.size, array->name, array != &gradient});
     }
-    expect_distinct(where, std::move(stretches));
+    expect_distinct(where, std::move(extents));
     const py::gil_scoped_release release;
     return adamw(tensors, {learning_rate, beta1, beta2, eps, weight_decay, step, max_norm});
 }

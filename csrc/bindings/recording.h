@@ -20,7 +20,8 @@ class Recording {
     Recording& operator=(const Recording&) = delete;
 
     void start() {
-        if (active_ != nullptr) fail("recording", "another is still being made in this thread");
+        if (active_ != nullptr)
+            fail("recording", "another recording is being made in this thread, expected one at a time");
         active_ = this;
     }
     void stop() {
@@ -29,7 +30,7 @@ class Recording {
     ~Recording() { stop(); }
 
     void replay() const {
-        if (active_ == this) fail("recording", "it is still being made");
+        if (active_ == this) fail("recording", "replay() is called before its with statement has ended");
         const py::gil_scoped_release release;
         for (const auto& call : calls_) call();
     }

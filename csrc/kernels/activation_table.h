@@ -1,5 +1,5 @@
-// Every activation function, with its kernels over rows. A new one is a function Vec -> Gate in a
-// file of its own, and a line in the table below.
+// Every activation function, with its kernels over rows. A new one is a function Vec -> Gate in a file of its
+// own, and a line in the table below.
 //
 // Included by target_<isa>.cpp after its Vec.
 #pragma once

@@ -100,7 +100,7 @@ inline void float_products(Rows x, int n_rows, const T* weights, ptrdiff_t strid
 // `unpack` gives the weights: as they are for 8 bits; for 4 bits first those of the low halves of 16 bytes,
 // then those of the high halves.
 constexpr int kUnit = 32;
-constexpr int kMostQuantizedRows = 2;
+constexpr int kMostQuantizedRows = 2;  // rows of x at a time, so that sums and weights stay in registers
 constexpr int kScaleRows = 8;  // rows whose scales are converted at a time: a single row has only a few
 
 inline ptrdiff_t whole_vectors(ptrdiff_t n) { return (n + 15) / 16 * 16; }

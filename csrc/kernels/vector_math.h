@@ -71,8 +71,8 @@ inline Vec tanh(Vec x) {
     return with_sign(select(less(a, set(0.625F)), small, large), sign_bit(x));
 }
 
-/// The error function: 1.5 ulp. Infinities give 1 and -1, NaN stays NaN, and the sign of zero is kept.
-/// Two polynomials by Norbert Juffa, https://stackoverflow.com/a/35148199.
+/// The error function: 1.5 ulp. Infinities give 1 and -1, NaN stays NaN, and the sign of zero is kept. Two
+/// polynomials by Norbert Juffa, https://stackoverflow.com/a/35148199.
 inline Vec erf(Vec x) {
     const Vec a = absolute(x);
     const Vec s = x * x;

@@ -14,8 +14,8 @@ struct Tensor4 {
     ptrdiff_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
-/// An attention call. q, out, dout and dq are (B, n_head, T_q, D), k, v, dk and dv (B, n_head, T_k, D),
-/// lse (B, n_head, T_q) float32 without gaps. Sizes are at least 1, T_q <= T_k.
+/// An attention call. q, out, dout and dq are (B, n_head, T_q, D), k, v, dk and dv (B, n_head, T_k, D), lse
+/// (B, n_head, T_q) float32 without gaps. Sizes are at least 1, T_q <= T_k.
 struct AttentionCall {
     int B = 0, n_head = 0, T_q = 0, T_k = 0, D = 0;
     Tensor4 q, k, v, out;
