@@ -1,5 +1,6 @@
 // Mathematical functions of vectors. Each states its error bound in ulp, units in the last place of the exact
-// result; csrc/tests/test_kernels.cpp and tests/test_vector_math.py test it over the whole range of float32.
+// result; csrc/tests/test_kernels.cpp and tests/cpu/test_vector_math.py test it over the whole range of
+// float32.
 //
 // Included by target_<isa>.cpp after its Vec.
 #pragma once
