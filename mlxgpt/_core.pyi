@@ -1,5 +1,7 @@
-"""CPU kernels of mlxgpt. Arrays are float32 and export the buffer protocol; those of attention, and weights where
-there are no gradients, may also be float16, or bfloat16 as uint16, and weights quantized.
+"""The CPU kernels of mlxgpt.
+
+Arrays are float32 and export the buffer protocol. Those of attention, and weights that get no gradient, may also be
+float16, or the bits of bfloat16 in uint16; weights may also be quantized.
 """
 
 from collections.abc import Sequence
@@ -43,9 +45,6 @@ def attention_backward(
 ) -> None: ...
 def dropout_mask(mask: Buffer, dropout: float, seed: int) -> None: ...
 def fma_peak(n: int = 5000000) -> float: ...
-
-# ---- the operations beside attention ----
-
 def linear_forward(
     x: Buffer,
     weight: Buffer,
@@ -113,7 +112,7 @@ def linear_cross_entropy(
     scales: Buffer | None = None,
     biases: Buffer | None = None,
 ) -> float: ...
-def cross_entropy(logits: Buffer, targets: Buffer, dlogits: Buffer | None = None) -> float: ...
+def cross_entropy_rows(n_rows: int, vocab_size: int) -> int: ...
 def adamw(
     parameters: Sequence[Buffer],
     gradients: Sequence[Buffer],

@@ -1,21 +1,21 @@
 #!/bin/sh
-# Builds csrc/ with every compiler that it must build with, and runs csrc/test_kernels.cpp from each build:
-# GCC, Clang with libc++ (as on macOS), 64-bit Arm under emulation (the NEON kernels), the AVX-512 kernels
-# emulated by SIMDe, and the address, undefined-behaviour and thread sanitizers. Where the processor is this one,
-# csrc/test_products.cpp too, with a plain CBLAS: Accelerate's calls are the same. Run from anywhere; exit
-# status 1 if one fails. A target's tests run while the next one is built.
+# Builds csrc/ in every way that it must build, and runs csrc/tests/test_kernels.cpp from each build: by GCC, by Clang
+# with libc++ (as on macOS), for 64-bit Arm under emulation (the NEON kernels), with the AVX-512 kernels emulated by
+# SIMDe, and with the address, undefined-behaviour and thread sanitizers. Builds for this machine's processor also run
+# csrc/tests/test_products.cpp, with a plain CBLAS, whose calls are the same as Accelerate's. Runs from any directory;
+# the exit status is 1 if a build or a test fails. The tests of one build run while the next is built.
 #
 #   scripts/check_targets.sh [NAME...]     names: asan arm tsan avx512 clang gcc; all if none is given
 set -u
 cd "$(dirname "$0")/.."
 
-need() {  # need PROGRAM PACKAGE: true if the program is there
+need() {  # need PROGRAM PACKAGE: succeeds if the program is installed
     command -v "$1" >/dev/null && return 0
     echo "$name: $1 was not found: apt install $2" >&2
     return 1
 }
 
-check() {  # check EMULATOR CMAKE-OPTIONS...: builds, and starts the tests
+check() {  # check EMULATOR CMAKE-OPTIONS...: builds, and starts the tests in the background
     emulator=$1
     shift
     build=build/check/$name
@@ -28,7 +28,7 @@ check() {  # check EMULATOR CMAKE-OPTIONS...: builds, and starts the tests
 
 run_tests() {
     for test in "$build"/test_kernels "$build"/test_products; do
-        [ -e "$test" ] || continue  # test_products, where there is no BLAS
+        [ -e "$test" ] || continue  # without a BLAS there is no test_products
         $emulator "$test" $part || return 1
     done
 }
@@ -51,14 +51,14 @@ for name in ${@:-asan arm tsan avx512 clang gcc}; do
         ;;
     avx512)
         if [ -e /usr/include/simde/x86/avx512.h ]; then
-            # GCC 12 breaks off with an internal error in SIMDe's structs.
+            # GCC 12 stops with an internal error in SIMDe's structs.
             need clang++ clang && check "" -DCMAKE_CXX_COMPILER=clang++ -DMLXGPT_EMULATE_AVX512=ON
         else
             echo "$name: SIMDe was not found: apt install libsimde-dev" >&2
             false
         fi
         ;;
-    asan)  # what is not optimized is built in a fifth of the time, which its tests' minute does not outweigh
+    asan)  # without optimization the build takes a fifth of the time, and the tests only a minute more
         part=quick
         need g++ g++ && check "" -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-g1 \
             "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"

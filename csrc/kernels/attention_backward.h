@@ -1,16 +1,16 @@
 // Causal attention of one head, backward.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <math.h>
 
-#include "attention.h"
+#include "kernels/attention_kernel.h"
 
 namespace {
 
-/// What a block of queries needs to walk over the keys again. A row of `p` and `ds` holds all queries
-/// of the block, 16 floats more so that rows do not fall on the same cache sets.
+/// The memory of one block of queries. A row of `p` and `ds` holds all queries of the block, and 16 more
+/// floats, so that rows do not fall on the same cache sets.
 struct BackwardScratch {
     static constexpr int kPairs = kQueryBlock + 16;
     Arena arena;
@@ -39,8 +39,9 @@ struct BackwardScratch {
     }
 };
 
-/// One panel's probabilities and score gradients in a tile of keys: P^T = exp(K Q^T - lse) and
-/// dS^T = P^T * (factors * (V dO^T) - delta); p is left as what multiplied the values, factors * P^T.
+/// Computes one panel's probabilities in a tile of n keys, P^T = exp(K Q^T - lse), and the gradients of its
+/// scores, dS^T = P^T * (factors * (V dO^T) - delta). Stores dS^T, and factors * P^T, which multiplied the
+/// values.
 inline void backward_pairs(const AttentionHead& head, BackwardScratch& s, int i0, int panel, int n, int j0) {
     const int D = head.D;
     const int seen = keys_seen(head, i0);
@@ -76,13 +77,14 @@ inline void backward_pairs(const AttentionHead& head, BackwardScratch& s, int i0
     }
 }
 
-/// sums[j][d] += w[j][i] * rows[i][d]: what a block of n_q queries adds to a tile of n keys. A query is
-/// left out where the first key of a register block is hidden from it.
+/// sums[j][d] += the sum over i of w[j][i] * rows[i][d]: what a block of n_q queries contributes to a tile of
+/// n keys. Key j is hidden from the queries below j + hidden; a register block of keys skips those that its
+/// first key is hidden from.
 inline void add_to_keys(const float* w, int n, int hidden, int n_q, const float* rows, int ld, float* sums) {
     constexpr int kPairs = BackwardScratch::kPairs;
     for (int j = 0; j < n; j += kTileRows) {
-        const int n_rows = least(kTileRows, n - j);
-        const int i = most(0, j + hidden);  // the first query that sees key j
+        const int n_rows = min(kTileRows, n - j);
+        const int i = max(0, j + hidden);  // the first query that sees key j
         if (i >= n_q) break;
         const Plain a{w + j * kPairs + i, kPairs};
         const float* b = rows + static_cast<ptrdiff_t>(i) * ld;
@@ -94,14 +96,14 @@ inline void add_to_keys(const float* w, int n, int hidden, int n_q, const float*
     }
 }
 
-/// The three sums of a tile on the diagonal, pair by pair: for inputs that are not finite, see
-/// add_visible_values.
+/// Adds to dq, dk and dv for a tile on the diagonal, for each visible pair of query and key: for inputs that
+/// are not finite, for the reason that add_visible_values gives.
 inline void add_visible_pairs(const AttentionHead& head, BackwardScratch& s, int i0, int n_q, int j0, int n,
                               float* dk, float* dv) {
     const float* k = s.keys.k + static_cast<ptrdiff_t>(j0) * s.ld;
     for (int i = 0; i < n_q; ++i) {
         float* dq = s.dq + static_cast<ptrdiff_t>(i / kPanel) * s.ld * kPanel + i % kPanel;
-        for (int j = 0; j < least(n, keys_seen(head, i0 + i) - j0); ++j) {
+        for (int j = 0; j < min(n, keys_seen(head, i0 + i) - j0); ++j) {
             const float p = s.p[j * BackwardScratch::kPairs + i];
             const float ds = s.ds[j * BackwardScratch::kPairs + i];
             for (int d = 0; d < head.D; ++d) {
@@ -113,7 +115,7 @@ inline void add_visible_pairs(const AttentionHead& head, BackwardScratch& s, int
     }
 }
 
-/// One block of queries against one tile of keys.
+/// Adds what one block of queries and one tile of keys contribute to dq, dk and dv.
 inline void backward_tile(const AttentionHead& head, BackwardScratch& s, int i0, int n_q, int j0, bool finite,
                           float* dk, float* dv) {
     const int D = head.D;
@@ -124,7 +126,7 @@ inline void backward_tile(const AttentionHead& head, BackwardScratch& s, int i0,
 
     for (int panel = 0; panel * kPanel < n_q; ++panel) {
         const int i = i0 + panel * kPanel;
-        const int n = most(0, visible_keys(head, i, least(kPanel, n_q - panel * kPanel), j0));
+        const int n = max(0, visible_keys(head, i, min(kPanel, n_q - panel * kPanel), j0));
         if (n > 0) backward_pairs(head, s, i, panel, n, j0);
         for (int j = n; j < n_tile; ++j)
             for (int x = 0; x < kPanel; x += kLanes) {
@@ -140,15 +142,15 @@ inline void backward_tile(const AttentionHead& head, BackwardScratch& s, int i0,
     add_to_keys(s.p, n_tile, hidden, n_q, s.dout_rows, s.ld, dv);
     add_to_keys(s.ds, n_tile, hidden, n_q, s.q_rows, s.ld, dk);
     for (int panel = 0; panel * kPanel < n_q; ++panel) {
-        const int n = visible_keys(head, i0 + panel * kPanel, least(kPanel, n_q - panel * kPanel), j0);
+        const int n = visible_keys(head, i0 + panel * kPanel, min(kPanel, n_q - panel * kPanel), j0);
         if (n > 0)
             product<kTileVecs>(D, Transposed{k, s.ld}, s.ds + panel * kPanel, BackwardScratch::kPairs,
                                s.dq + static_cast<ptrdiff_t>(panel) * s.ld * kPanel, kPanel, n, true);
     }
 }
 
-/// Packs a block of queries, with delta = rowsum(dO * O), which is rowsum(P * dP) for what softmax's
-/// derivative takes off. True if all queries and dO are finite.
+/// Packs a block of queries and dO, and computes delta = rowsum(dO * O). That equals rowsum(P * dP), which
+/// the derivative of softmax subtracts from dP. Returns whether all queries and dO are finite.
 inline bool load_queries(const AttentionHead& head, BackwardScratch& s, int i0, int n_q) {
     const int D = head.D;
     bool finite = pack_rows(head.q, i0, n_q, D, s.q_rows, s.ld);
@@ -168,23 +170,23 @@ inline bool load_queries(const AttentionHead& head, BackwardScratch& s, int i0, 
     return finite;
 }
 
-size_t backward_scratch(int T_k, int D) { return BackwardScratch(nullptr, T_k, D).arena.used; }
+size_t attention_backward_scratch(int T_k, int D) { return BackwardScratch(nullptr, T_k, D).arena.used; }
 
-/// dk, then dv, as T_k rows of whole vectors.
-size_t kv_sums(int T_k, int D) { return 2 * static_cast<size_t>(T_k) * round_up(D, kLanes); }
+/// The sums are dk, then dv, each T_k rows of whole vectors.
+size_t attention_kv_sums(int T_k, int D) { return 2 * static_cast<size_t>(T_k) * round_up(D, kLanes); }
 
 void attention_backward(const AttentionHead& head, int first, int step, float* scratch, float* sums) {
     BackwardScratch s(scratch, head.T_k, head.D);
     const int D = head.D;
     float* dk = sums;
     float* dv = sums + static_cast<ptrdiff_t>(head.T_k) * s.ld;
-    for (size_t x = 0; x < kv_sums(head.T_k, D); ++x) sums[x] = 0.0F;
+    for (size_t x = 0; x < attention_kv_sums(head.T_k, D); ++x) sums[x] = 0.0F;
     float factors[kPanel];
     for (float& factor : factors) factor = head.scale;
 
     for (int i0 = first * kQueryBlock; i0 < head.T_q; i0 += step * kQueryBlock) {
-        const int n_q = least(kQueryBlock, head.T_q - i0);
-        const int n_k = least(head.T_k, keys_seen(head, i0 + n_q - 1));
+        const int n_q = min(kQueryBlock, head.T_q - i0);
+        const int n_k = min(head.T_k, keys_seen(head, i0 + n_q - 1));
         const bool finite = load_queries(head, s, i0, n_q);
         s.keys.extend(head, n_k);
         for (int x = 0; x < kQueryBlock * s.ld; ++x) s.dq[x] = 0.0F;
@@ -193,14 +195,14 @@ void attention_backward(const AttentionHead& head, int first, int step, float* s
             backward_tile(head, s, i0, n_q, j0, finite, dk + at, dv + at);
         }
         for (int i = 0; i < n_q; i += kPanel)
-            write_panel(s.dq + static_cast<ptrdiff_t>(i) * s.ld, least(kPanel, n_q - i), D, factors, head.dq,
+            write_panel(s.dq + static_cast<ptrdiff_t>(i) * s.ld, min(kPanel, n_q - i), D, factors, head.dq,
                         i0 + i);
     }
 }
 
 void attention_write_kv(const AttentionHead& head, const float* sums, int n_parts) {
     const int ld = round_up(head.D, kLanes);
-    const size_t part = kv_sums(head.T_k, head.D);
+    const size_t part = attention_kv_sums(head.T_k, head.D);
     for (int j = 0; j < head.T_k; ++j)
         for (int d = 0; d < ld; d += kLanes) {
             const float* dk = sums + static_cast<ptrdiff_t>(j) * ld + d;

@@ -1,23 +1,23 @@
 // Causal attention of one head, forward.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 #include <float.h>
 #include <math.h>
 
-#include "attention.h"
+#include "kernels/attention_kernel.h"
 
 namespace {
 
-/// What a block of queries carries along its keys.
+/// The memory of one block of queries: what it carries from tile to tile, and its work on one tile.
 struct ForwardScratch {
     Arena arena;
     PackedKeys keys;
     int ld;
     float* q_rows;            // [kQueryBlock][ld]
     float *q, *out;           // panels of [ld][kPanel]
-    float *maximum, *sum;     // [kQueryBlock]; scores are in units of log 2
+    float *maximum, *sum;     // [kQueryBlock]; scores are multiplied by log2 e, so that exp is 2^x
     float *scores, *factors;  // [kKeyTile][kPanel]
 
     ForwardScratch(float* base, int T_k, int D) : arena{base}, keys(arena, T_k, D), ld(keys.ld) {
@@ -32,11 +32,11 @@ struct ForwardScratch {
     }
 };
 
-/// Turns a panel's scores [n][kPanel] into exp(score - maximum), brings the panel's maximum and sum
-/// up to date, and multiplies its outputs by what the old maximum was too small.
+/// Replaces a panel's scores [n][kPanel] by exp(score - maximum), updates the panel's maximum and sum, and
+/// rescales its outputs to the new maximum.
 inline void softmax_step(float* scores, int n, int seen_by_first, int j0, float* maximum, float* total,
                          float* out, int D) {
-    const int n_full = most(0, least(n, seen_by_first - j0));  // keys that all queries see
+    const int n_full = max(0, min(n, seen_by_first - j0));  // keys that every query sees
     Vec now[kTileVecs], shrink[kTileVecs], sums[kTileVecs];
     for (int v = 0; v < kTileVecs; ++v) now[v] = load(maximum + v * kLanes);
     for (int j = 0; j < n_full; ++j)
@@ -48,8 +48,8 @@ inline void softmax_step(float* scores, int n, int seen_by_first, int j0, float*
             now[v] = max(load(score), now[v]);
         }
     for (int v = 0; v < kTileVecs; ++v) {
-        // The maximum starts at -FLT_MAX instead of -inf: a query whose scores are all -inf so far
-        // gets exp(-inf + FLT_MAX) = 0 here, not exp(-inf + inf).
+        // The maximum starts at -FLT_MAX instead of -inf: if all scores of a query are -inf so far, this is
+        // exp(-inf + FLT_MAX) = 0 and not exp(-inf + inf) = NaN.
         shrink[v] = exp2_nonpositive(load(maximum + v * kLanes) - now[v]);
         sums[v] = load(total + v * kLanes) * shrink[v];
         store(maximum + v * kLanes, now[v]);
@@ -68,17 +68,18 @@ inline void softmax_step(float* scores, int n, int seen_by_first, int j0, float*
         }
 }
 
-/// out[d][lane] += v[j][d] * p[j][lane] over the pairs that exist, one by one. In a tile on the
-/// diagonal the fast product adds 0 * v[j][d] for a key j that the query does not see: nothing, unless
-/// v holds a NaN or an infinity.
+/// out[d][lane] += v[j][d] * p[j][lane] for each visible pair of query and key. In a tile on the diagonal,
+/// the fast product adds 0 * v[j][d] for a key j that the query does not see, which is NaN if v[j][d] is not
+/// finite.
 inline void add_visible_values(const float* v, int ld, const float* p, int n, int seen_by_first, int j0,
                                float* out, int D) {
     for (int j = 0; j < n; ++j)
-        for (int lane = most(0, j0 + j + 1 - seen_by_first); lane < kPanel; ++lane)
+        for (int lane = max(0, j0 + j + 1 - seen_by_first); lane < kPanel; ++lane)
             for (int d = 0; d < D; ++d)
                 out[d * kPanel + lane] += v[static_cast<ptrdiff_t>(j) * ld + d] * p[j * kPanel + lane];
 }
 
+/// Adds what one tile of keys contributes to one panel of queries.
 inline void forward_panel(const AttentionHead& head, ForwardScratch& s, int i0, int panel, int n_panel,
                           int j0) {
     const int n = visible_keys(head, i0, n_panel, j0);
@@ -103,8 +104,8 @@ inline void forward_panel(const AttentionHead& head, ForwardScratch& s, int i0, 
         add_visible_values(v, s.ld, s.scores, n, seen, j0, out, D);
 }
 
-/// A single query, as in decoding with a cache: every key is used once, so nothing is packed, and lanes
-/// hold elements of a row. The one query is the last, which sees all keys.
+/// Attention of a single query, as in decoding with a cache. Every key is used once, so nothing is packed,
+/// and lanes hold elements of a row. The query is the last one, which sees all keys.
 inline void decode(const AttentionHead& head, float* scratch) {
     const int D = head.D;
     const int ld = round_up(D, kLanes);
@@ -120,7 +121,7 @@ inline void decode(const AttentionHead& head, float* scratch) {
     float maximum = -FLT_MAX;
     float total = 0.0F;
     for (int j0 = 0; j0 < head.T_k; j0 += kKeyTile) {
-        const int n = least(kKeyTile, head.T_k - j0);
+        const int n = min(kKeyTile, head.T_k - j0);
         const float before = maximum;
         Vec now = set(maximum);
         typed(head.k, j0, [&](const auto* row) {
@@ -168,7 +169,7 @@ void copy_rows(StoredRows from, int n, int D, StoredRows to) {
     });
 }
 
-size_t forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).arena.used; }
+size_t attention_forward_scratch(int T_k, int D) { return ForwardScratch(nullptr, T_k, D).arena.used; }
 
 void attention_forward(const AttentionHead& head, int first, int step, float* scratch) {
     if (head.T_q == 1 && head.dropout == 0.0F) {
@@ -178,8 +179,8 @@ void attention_forward(const AttentionHead& head, int first, int step, float* sc
     ForwardScratch s(scratch, head.T_k, head.D);
     const int D = head.D;
     for (int i0 = first * kQueryBlock; i0 < head.T_q; i0 += step * kQueryBlock) {
-        const int n_q = least(kQueryBlock, head.T_q - i0);
-        const int n_k = least(head.T_k, keys_seen(head, i0 + n_q - 1));
+        const int n_q = min(kQueryBlock, head.T_q - i0);
+        const int n_k = min(head.T_k, keys_seen(head, i0 + n_q - 1));
         s.keys.extend(head, n_k);
         pack_rows(head.q, i0, n_q, D, s.q_rows, s.ld);
         pack_panels(s.q_rows, s.ld, n_q, head.scale * kLog2E, s.q);
@@ -191,10 +192,10 @@ void attention_forward(const AttentionHead& head, int first, int step, float* sc
 
         for (int j0 = 0; j0 < n_k; j0 += kKeyTile)
             for (int panel = 0; panel * kPanel < n_q; ++panel)
-                forward_panel(head, s, i0 + panel * kPanel, panel, least(kPanel, n_q - panel * kPanel), j0);
+                forward_panel(head, s, i0 + panel * kPanel, panel, min(kPanel, n_q - panel * kPanel), j0);
 
         for (int panel = 0; panel * kPanel < n_q; ++panel) {
-            const int n = least(kPanel, n_q - panel * kPanel);
+            const int n = min(kPanel, n_q - panel * kPanel);
             float* sum = s.sum + panel * kPanel;
             float lse[kPanel];
             for (int lane = 0; lane < kPanel; lane += kLanes) {

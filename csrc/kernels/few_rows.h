@@ -1,79 +1,42 @@
-// The product of a few rows with a matrix of weights in any storage, as in decoding: each weight is used once
-// or a few times, so that the time is that of reading it from memory, and no BLAS is of help.
+// The product of few rows of x and a matrix of weights in any storage, as in decoding. Each weight is used
+// only once or a few times, so reading the weights from memory takes all the time, and a BLAS would not help.
 //
-// Weights are read from memory once: some rows of them stay in L1 while all rows of x pass by. Every sum has
-// one accumulator, which takes its terms in order: a row of x gives the same bits alone and among others.
+// Weights are read from memory once: a few rows of them stay in L1 while they are multiplied by every row of
+// x. Each result has one accumulator, which adds up its terms in order, so that a row of x gets the same bits
+// alone and among other rows.
 //
-// With quantized weights, x is quantized too, to 16 bits for each group of the weights, so that a group's
-// sum of q x is exact in 32-bit integers (128 * 255 * 32767 < 2^31) and no weight is converted. The result
-// is off by 1e-5 of the sum's size or so: a rounding is 1 / 65534 of the largest x of its group.
+// If the weights are quantized, x is quantized too, to 16 bits with a scale for each group of weights. Then
+// the sum of q x over a group is exact in 32-bit integers (128 * 255 * 32767 < 2^31), and no weight is
+// converted to float. The relative error is about 1e-5: a rounding error is at most 1 / 65534 of the largest
+// x of its group.
 //
-// Included by target_<isa>.cpp behind that file's Vec and Quants.
+// Included by target_<isa>.cpp after its Vec and Quants.
 #pragma once
 
 #include <math.h>
 #include <string.h>
 
-#include "vectors.h"
+#include "kernels/stored_weights.h"
+#include "kernels/table.h"
+#include "kernels/vector_loops.h"
 
 namespace {
 
-using mlxgpt::BFloat16;
-using mlxgpt::Float16;
 using mlxgpt::Rows;
-using mlxgpt::Storage;
 using mlxgpt::Weights;
-
-/// Calls f with a pointer of the type that floats are stored in.
-template <class F>
-inline void typed(const void* data, Storage storage, F f) {
-    if (storage == Storage::kBFloat16)
-        f(static_cast<const BFloat16*>(data));
-    else if (storage == Storage::kFloat16)
-        f(static_cast<const Float16*>(data));
-    else
-        f(static_cast<const float*>(data));
-}
-
-inline void to_floats(const void* data, Storage storage, ptrdiff_t n, float* out) {
-    typed(data, storage, [=](const auto* x) {
-        for_vectors(n, [&](ptrdiff_t i, auto some) { some.write(out + i, some.read(x + i)); });
-    });
-}
-
-void weight_row(const Weights& weights, int n_in, float* out) {
-    if (weights.bits == 0) return to_floats(weights.data, weights.storage, n_in, out);
-    const auto* q = static_cast<const unsigned char*>(weights.data);
-    const char* scales = static_cast<const char*>(weights.scales);
-    const char* biases = static_cast<const char*>(weights.biases);
-    for (int i = 0; i < n_in; i += weights.group) {
-        float scale, bias;
-        to_floats(scales + i / weights.group * weights.element_size(), weights.storage, 1, &scale);
-        to_floats(biases + i / weights.group * weights.element_size(), weights.storage, 1, &bias);
-        // Loops that compilers turn into vectors: bytes first, then floats.
-        unsigned char bytes[128];
-        const unsigned char* numbers = q + i;
-        if (weights.bits == 4) {
-            for (int j = 0; j < weights.group / 2; ++j) {
-                bytes[2 * j] = q[i / 2 + j] & 15;
-                bytes[2 * j + 1] = q[i / 2 + j] >> 4;
-            }
-            numbers = bytes;
-        }
-        for (int j = 0; j < weights.group; ++j) out[i + j] = scale * static_cast<float>(numbers[j]) + bias;
-    }
-}
 
 // ---- floats ----
 
-// Rows of weights that are read at a time, each from a part of its own: hardware looks ahead along few
-// streams and within a page, so that neighbouring rows, of a page or less, reach half the bandwidth only.
+// The matrix is divided into this many parts, and one row of each is read at a time. The hardware prefetches
+// a few streams and never beyond a page, so that reading adjacent rows, of a page or less, gets only half the
+// bandwidth.
 constexpr int kStreams = 4;
 
-// Times rows of x: as many sums as a register block of tile.h has.
+// Rows of x at a time: with kStreams rows of weights, as many sums as in a register block of tile.h.
 constexpr int kMostRows = kTileRows * kTileVecs / kStreams;
 
-/// The products of W rows of weights with R of x. The rows of weights lie `apart`, as do their products.
+/// The dot products of W rows of weights, `apart` rows from one to the next, and R rows of x. out has the
+/// same distance between columns.
 template <int W, int R, class T>
 inline void dots(const T* weights, ptrdiff_t stride, int n_in, Rows x, Rows out, ptrdiff_t apart) {
     Vec sums[R][W];
@@ -96,7 +59,8 @@ struct Constant {
     static constexpr int value = n;
 };
 
-/// Calls f with a constant number of rows, R where as many are left, and the first of them, for all n.
+/// Calls f(number, first) for blocks of n rows. The number is a Constant: R while as many rows are left, then
+/// fewer.
 template <int R, class F>
 inline void blocks_of_rows(int n, F f, int first = 0) {
     if constexpr (R > 0) {
@@ -105,7 +69,8 @@ inline void blocks_of_rows(int n, F f, int first = 0) {
     }
 }
 
-/// Calls f for each of n rows of weights: f(W, first) has the rows first + w * (n / kStreams) for w < W.
+/// Calls f(W, first) for n rows of weights, each of them once: a call has the rows first + w * (n / kStreams)
+/// for w < W.
 template <class F>
 inline void streams_of_rows(int n, F f) {
     const int part = n / kStreams;
@@ -130,12 +95,13 @@ inline void float_products(Rows x, int n_rows, const T* weights, ptrdiff_t strid
 
 // ---- quantized ----
 
-// A quantized row of x: n_in int16; for each group the step dx between them; for each group their sum times
-// dx. The latter two are filled up with zeros to whole vectors. The int16 go by units of 32: with 8 bits
-// in order, with 4 bits first those that meet the low halves of 16 bytes, then the others.
+// A quantized row of x is n_in int16, then each group's scale dx, then each group's sum times dx. Scales and
+// sums are padded with zeros to whole vectors. The int16 come in units of 32, each in the order in which
+// `unpack` gives the weights: as they are for 8 bits; for 4 bits first those of the low halves of 16 bytes,
+// then those of the high halves.
 constexpr int kUnit = 32;
-constexpr int kMostQuantizedRows = 2;
-constexpr int kScaleRows = 8;  // their scales are converted at once, for one row has few
+constexpr int kMostQuantizedRows = 2;  // rows of x at a time, so that sums and weights stay in registers
+constexpr int kScaleRows = 8;  // rows whose scales are converted at a time: a single row has only a few
 
 inline ptrdiff_t whole_vectors(ptrdiff_t n) { return (n + 15) / 16 * 16; }
 
@@ -154,15 +120,12 @@ void quantize(const float* x, const Weights& weights, int n_in, float* out) {
             tops = max(tops, max(a, set(0.0F) - a));
             finite = fma(a, set(0.0F), finite);
         }
-        float lanes[kLanes];
-        store(lanes, tops);
-        float top = lanes[0];
-        for (int lane = 1; lane < kLanes; ++lane) top = lanes[lane] > top ? lanes[lane] : top;
+        const float top = largest(tops);
         const bool usable = sum(finite) == 0.0F;
-        // Of numbers below 1e-30 the factor could be infinite; they count as 0.
+        // Below 1e-30 the factor could be infinite, so such numbers count as 0.
         const float factor = usable && top > 1e-30F ? kLargestQuant / top : 0.0F;
         dx[g] = usable ? top / kLargestQuant : NAN;
-        Vec total = set(0.0F);  // of integers, and exact
+        Vec total = set(0.0F);  // a sum of integers, which is exact
         for (int i = 0; i < weights.group; i += kUnit, to += kUnit) {
             float rounded[kUnit];
             int16_t ordered[kUnit] = {};
@@ -177,19 +140,20 @@ void quantize(const float* x, const Weights& weights, int n_in, float* out) {
             }
             store_quants(ordered, to);
         }
-        // The sum of the rounded x, not of x: then a bias takes off just what an unsigned q has too much.
+        // The sum is of the rounded x, as in the products: then the bias corrects exactly for q being
+        // unsigned.
         sums[g] = dx[g] * sum(total);
     }
     for (ptrdiff_t g = n_groups; g < length; ++g) dx[g] = sums[g] = 0.0F;
 }
 
-/// The scales and biases of kScaleRows rows of each stream, as floats. Others may follow a row's.
+/// The scales and biases of kScaleRows rows of each stream, as floats. Those of the next row follow directly.
 struct Scales {
     float *scales, *biases;
-    ptrdiff_t apart;  // from one stream's to the next
+    ptrdiff_t apart;  // from one stream to the next
 };
 
-/// As dots, for quantized weights and x.
+/// Like dots, for quantized weights and x.
 template <int bits, int units, int W, int R>
 inline void quantized_dots(const unsigned char* q, ptrdiff_t stride, Scales all, int n_groups, int n_in,
                            Rows x, Rows out, ptrdiff_t apart, float* factors) {
@@ -249,7 +213,8 @@ inline void quantized_products(Rows x, int n_rows, const Weights& weights, int n
     float* factors = all.biases + kStreams * apart;
     const int part = n_out / kStreams;
     streams_of_rows(n_out, [&](auto W, int w) {
-        // Of each stream's rows from one multiple of kScaleRows to the next; the last three rows are alone.
+        // Converts the scales of the next kScaleRows rows of each stream. The last rows, fewer than kStreams,
+        // come one by one.
         const int row = W.value > 1 ? w % kScaleRows : 0, left = W.value > 1 ? part - w : 1;
         if (row == 0)
             for (int stream = 0; stream < W.value; ++stream) {

@@ -1,5 +1,5 @@
-// Products with quantized weights on x86-64: pmaddwd multiplies int16 and adds pairs, VNNI's vpdpwssd adds
-// them up too. 256 bits are half a group of 64 weights of 4 bits, and as fast as memory delivers them.
+// Products with quantized weights on x86-64: pmaddwd multiplies int16 and adds pairs, VNNI's vpdpwssd also
+// adds the pairs to the sums. Vectors of 256 bits are enough to keep up with memory.
 //
 // Included by target_avx2.cpp and target_avx512.cpp.
 #pragma once

@@ -1,8 +1,8 @@
 // The kernels for x86-64 with AVX2 and FMA.
 #include <immintrin.h>
 
-#include "quants_x86.h"
-#include "table.h"
+#include "kernels/quants_x86.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -10,8 +10,9 @@ using mlxgpt::BFloat16;
 using mlxgpt::Float16;
 
 constexpr int kLanes = 8;
-// 16 registers: 6 x 2 sums, 2 vectors and a broadcast. 12 sums hide the FMA's latency (4 cycles, 2 a
-// cycle, so 8 are the least), and 8 loads for 12 FMAs stay under two loads a cycle.
+// 16 registers hold 6 x 2 sums, 2 vectors and a broadcast. 12 sums hide the latency of a multiply-add (4
+// cycles, 2 started a cycle: at least 8 are needed), and 8 loads for 12 multiply-adds are fewer than two
+// loads a cycle.
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
 
@@ -50,7 +51,7 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.x), shift))};
 }
 
-/// Turns 8 rows of 8 around: x[c] gets the c-th element of each.
+/// Transposes 8 rows of 8: x[c] becomes the c-th element of each.
 inline void transpose(Vec (&x)[kLanes]) {
     __m256 t[8], u[8];
     for (int i = 0; i < 8; i += 2) {  // pairs of rows, interleaved
@@ -77,7 +78,7 @@ inline void store(BFloat16* p, Vec a) {
     const __m256i bits = _mm256_castps_si256(a.x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i even = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
-    // Rounding could make an infinity of a NaN.
+    // Rounding could turn a NaN into an infinity.
     const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));
     const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(even, nan, is_nan), 16);
@@ -117,8 +118,8 @@ inline GroupSums group_sums(Vec a) { return {a.x}; }
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
-const Kernels kernels_avx2 = MLXGPT_KERNEL_TABLE("avx2");
-}
+constexpr Kernels kernels_avx2 = table_of("avx2");
+}  // namespace mlxgpt

@@ -1,8 +1,8 @@
 // The kernels for x86-64 with AVX-512 F, BW, DQ and VL (Skylake server, Ice Lake, Zen 4 and later).
 #include <immintrin.h>
 
-#include "quants_x86.h"
-#include "table.h"
+#include "kernels/quants_x86.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -10,8 +10,8 @@ using mlxgpt::BFloat16;
 using mlxgpt::Float16;
 
 constexpr int kLanes = 16;
-// Of 32 registers 8 x 2 sums, 2 vectors and a broadcast. 8 rows divide every usual head_dim, and 10
-// loads for 16 FMAs stay under two loads a cycle, so a larger block would gain nothing.
+// 8 x 2 sums, 2 vectors and a broadcast, of 32 registers. 8 rows divide every usual head_dim, and 10 loads
+// for 16 multiply-adds are fewer than two loads a cycle, so that a larger block would gain nothing.
 constexpr int kTileRows = 8;
 constexpr int kTileVecs = 2;
 
@@ -49,7 +49,7 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.x), shift))};
 }
 
-/// Turns 16 rows of 16 around: x[c] gets the c-th element of each.
+/// Transposes 16 rows of 16: x[c] becomes the c-th element of each.
 inline void transpose(Vec (&x)[kLanes]) {
     __m512 t[16], u[16];
     for (int i = 0; i < 16; i += 2) {  // pairs of rows, interleaved
@@ -82,7 +82,7 @@ inline void store(BFloat16* p, Vec a) {
     const __m512i bits = _mm512_castps_si512(a.x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i even = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-    // Rounding could make an infinity of a NaN.
+    // Rounding could turn a NaN into an infinity.
     const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
     const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, even, nan), 16);
@@ -126,12 +126,12 @@ inline GroupSums group_sums(Vec a) {
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
 #if defined(MLXGPT_VNNI)
-const Kernels kernels_avx512vnni = MLXGPT_KERNEL_TABLE("avx512vnni");
+constexpr Kernels kernels_avx512vnni = table_of("avx512vnni");
 #else
-const Kernels kernels_avx512 = MLXGPT_KERNEL_TABLE("avx512");
+constexpr Kernels kernels_avx512 = table_of("avx512");
 #endif
 }  // namespace mlxgpt

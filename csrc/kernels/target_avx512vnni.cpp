@@ -1,3 +1,3 @@
-// The AVX-512 kernels where the processor has VNNI too (Ice Lake, Zen 4 and later): quants_x86.h uses it.
+// The AVX-512 kernels for processors with VNNI (Ice Lake, Zen 4 and later), which quants_x86.h uses.
 #define MLXGPT_VNNI
-#include "target_avx512.cpp"
+#include "kernels/target_avx512.cpp"

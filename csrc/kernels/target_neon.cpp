@@ -1,8 +1,8 @@
-// The kernels for 64-bit Arm, whose every processor has NEON.
+// The kernels for 64-bit Arm. Every such processor has NEON.
 #include <arm_neon.h>
 #include <string.h>
 
-#include "table.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -10,8 +10,8 @@ using mlxgpt::BFloat16;
 using mlxgpt::Float16;
 
 constexpr int kLanes = 4;
-// Of 32 registers 6 x 4 sums, 4 vectors and a broadcast. Apple's cores start 4 FMAs a cycle with a
-// latency of 4, so 16 sums are the least; 10 loads for 24 FMAs stay under two a cycle.
+// 6 x 4 sums, 4 vectors and a broadcast, of 32 registers. Apple's cores start 4 multiply-adds a cycle with a
+// latency of 4, so at least 16 sums are needed; 10 loads for 24 multiply-adds are fewer than two a cycle.
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 4;
 
@@ -50,7 +50,7 @@ inline Vec add_to_exponent(Vec a, Vec n) {
     return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.x), shift))};
 }
 
-/// Turns 4 rows of 4 around: x[c] gets the c-th element of each.
+/// Transposes 4 rows of 4: x[c] becomes the c-th element of each.
 inline void transpose(Vec (&x)[kLanes]) {
     const float32x4_t a = vzip1q_f32(x[0].x, x[2].x);  // elements 0, 1 of rows 0 and 2
     const float32x4_t b = vzip2q_f32(x[0].x, x[2].x);
@@ -67,7 +67,7 @@ inline void store(BFloat16* p, Vec a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a.x);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t even = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
-    // Rounding could make an infinity of a NaN.
+    // Rounding could turn a NaN into an infinity.
     const uint32x4_t nan = vorrq_u32(bits, vdupq_n_u32(0x400000));
     vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(a.x, a.x), even, nan), 16));
 }
@@ -101,8 +101,8 @@ inline Vec to_float(UVec a) { return {vcvtq_f32_s32(vreinterpretq_s32_u32(a.x))}
 // ---- products with quantized weights, 32 at a time ----
 
 #if defined(MLXGPT_DOT)
-// sdot takes int8: x is 256 high + low, each from -128 to 127, and weights of 8 bits come less 128, which
-// their biases make up for.
+// sdot multiplies int8: x is split into 256 high + low, each from -128 to 127, and 128 is subtracted from
+// weights of 8 bits, which their biases correct for.
 constexpr float kLargestQuant = 127 * 256 + 127;
 template <int bits>
 constexpr int kQuantCentre = bits == 8 ? 128 : 0;
@@ -180,12 +180,12 @@ inline GroupSums fma(IntSums a, float b, GroupSums c) {
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
 #if defined(MLXGPT_DOT)
-const Kernels kernels_neondot = MLXGPT_KERNEL_TABLE("neondot");
+constexpr Kernels kernels_neondot = table_of("neondot");
 #else
-const Kernels kernels_neon = MLXGPT_KERNEL_TABLE("neon");
+constexpr Kernels kernels_neon = table_of("neon");
 #endif
 }  // namespace mlxgpt

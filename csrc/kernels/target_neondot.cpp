@@ -1,4 +1,4 @@
-// The NEON kernels where the processor has dot products of int8 too (Armv8.2, all of Apple's): for products
-// with quantized weights.
+// The NEON kernels for processors with dot products of int8 (Armv8.2, all of Apple's), used for products with
+// quantized weights.
 #define MLXGPT_DOT
-#include "target_neon.cpp"
+#include "kernels/target_neon.cpp"

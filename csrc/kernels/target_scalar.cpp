@@ -1,8 +1,8 @@
-// The kernels in plain C++, for any processor: the fallback, and the second opinion on the others.
+// The kernels in plain C++, for any processor: the fallback, and what tests compare the other kernels with.
 #include <math.h>
 #include <string.h>
 
-#include "table.h"
+#include "kernels/table.h"
 
 namespace {
 
@@ -39,8 +39,8 @@ inline float sum(Vec a) { return a.x; }
 inline Vec add_to_exponent(Vec a, Vec n) {
     uint32_t bits;
     memcpy(&bits, &a.x, 4);
-    // A NaN or a value out of range converts to anything, as the vector instructions have it; the
-    // cast itself would be undefined.
+    // NaN and values out of range may convert to any number, but the cast itself would be undefined
+    // behaviour.
     const int32_t shift = n.x > -1e9F && n.x < 1e9F ? static_cast<int32_t>(n.x) : 0;
     bits += static_cast<uint32_t>(shift) << 23;
     memcpy(&a.x, &bits, 4);
@@ -59,7 +59,7 @@ inline void store(BFloat16* p, Vec a) {
     uint32_t bits;
     memcpy(&bits, &a.x, 4);
     if (a.x != a.x)
-        bits |= 0x400000;  // rounding could make an infinity of a NaN
+        bits |= 0x400000;  // rounding could turn a NaN into an infinity
     else
         bits += 0x7FFF + (bits >> 16 & 1);
     p->bits = static_cast<uint16_t>(bits >> 16);
@@ -68,7 +68,7 @@ inline Vec load(const Float16* p) {
     uint32_t bits = static_cast<uint32_t>(p->bits & 0x7FFF) << 13;
     Vec a;
     memcpy(&a.x, &bits, 4);
-    a.x *= 0x1p112F;  // the exponent's bias is 112 less; a product also gets subnormal numbers right
+    a.x *= 0x1p112F;  // the exponent's bias is 112 less; a product is right for subnormal numbers too
     memcpy(&bits, &a.x, 4);
     if ((p->bits & 0x7C00) == 0x7C00) bits |= 0x7F800000;
     bits |= static_cast<uint32_t>(p->bits & 0x8000) << 16;
@@ -85,7 +85,7 @@ inline void store(Float16* p, Vec a) {
         half = 0x7E00;
     } else if (bits >= 0x477FF000) {  // 65520 and up
         half = 0x7C00;
-    } else if (bits < 0x38800000) {  // below 2^-14: adding 1/2 puts the last place of a half at the end
+    } else if (bits < 0x38800000) {  // below 2^-14, subnormal as float16: adding 1/2 rounds to its last place
         float shifted;
         memcpy(&shifted, &bits, 4);
         shifted += 0.5F;
@@ -156,8 +156,8 @@ inline GroupSums fma(IntSums a, float b, GroupSums c) { return {static_cast<floa
 
 }  // namespace
 
-#include "ops.h"
+#include "kernels/fill_table.h"
 
 namespace mlxgpt {
-const Kernels kernels_scalar = MLXGPT_KERNEL_TABLE("scalar");
-}
+constexpr Kernels kernels_scalar = table_of("scalar");
+}  // namespace mlxgpt

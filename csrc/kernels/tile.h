@@ -1,12 +1,12 @@
-// Products of small matrices, the inner loops of attention: C += A B with a block of C in registers.
+// Products of small matrices, C += A B with a block of C in registers: the inner loops of attention.
 //
-// Included by target_<isa>.cpp behind that file's Vec.
+// Included by target_<isa>.cpp after its Vec.
 #pragma once
 
 namespace {
 
-/// A matrix whose elements are broadcast one by one: A(r, k) is data[r * ld + k] if its rows lie as they
-/// are, data[k * ld + r] if it is stored transposed.
+/// A matrix whose elements are broadcast one by one. A(r, k) is data[r * ld + k], or data[k * ld + r] if A is
+/// stored transposed.
 enum class Order { kPlain, kTransposed };
 template <Order order>
 struct Broadcast {
@@ -19,7 +19,7 @@ struct Broadcast {
 using Plain = Broadcast<Order::kPlain>;
 using Transposed = Broadcast<Order::kTransposed>;
 
-/// C[r][v] (+)= sum over k of A(r, k) * B[k][v], for R rows and V vectors of columns.
+/// C[r][v] = sum over k of A(r, k) * B[k][v] for R rows and V vectors of columns, added to C if `add`.
 template <int R, int V, Order order>
 inline void block_product(Broadcast<order> a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc, int n_k,
                           bool add) {
@@ -46,7 +46,7 @@ inline void block_product(Broadcast<order> a, const float* b, ptrdiff_t ldb, flo
         for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sums[r][v]);
 }
 
-/// A block product with `rows` rows, R at most.
+/// A block product of `rows` rows, at most R.
 template <int R, int V, Order order>
 inline void block_of_rows(int rows, Broadcast<order> a, const float* b, ptrdiff_t ldb, float* c,
                           ptrdiff_t ldc, int n_k, bool add) {
@@ -58,12 +58,13 @@ inline void block_of_rows(int rows, Broadcast<order> a, const float* b, ptrdiff_
     }
 }
 
-/// C (+)= A B for any number of rows and V vectors of columns.
+/// C = A B, or C += A B if `add`, for any number of rows and V vectors of columns.
 template <int V, Order order>
 inline void product(int rows, Broadcast<order> a, const float* b, ptrdiff_t ldb, float* c, ptrdiff_t ldc,
                     int n_k, bool add) {
     while (rows > 0) {
-        // The last two blocks share evenly: one or two rows have too few sums to hide the latency.
+        // The last two blocks have about the same number of rows: a block of one or two would have too few
+        // sums to hide the latency of a multiply-add.
         const int n = rows >= 2 * kTileRows ? kTileRows : rows <= kTileRows ? rows : (rows + 1) / 2;
         block_of_rows<kTileRows, V>(n, a, b, ldb, c, ldc, n_k, add);
         a.data = &a.at(n, 0);
@@ -72,7 +73,7 @@ inline void product(int rows, Broadcast<order> a, const float* b, ptrdiff_t ldb,
     }
 }
 
-/// The block product without its loads.
+/// The multiply-adds of a block product without loads. Returns the number of floating-point operations.
 double fma_burst(int n) {
     constexpr int kSums = kTileRows * kTileVecs;
     Vec sums[kSums];

@@ -615,6 +615,6 @@ def test_a_few_new_positions_get_the_bits_that_they_get_one_by_one():
 def test_a_cache_is_not_written_past_its_size(offset, T):
     problem = Cached([0, offset], T, 8)
     before = problem.keys.copy()
-    with pytest.raises(ValueError, match=rf"cached attention: sequence 1 holds {offset} positions, expected 0 to"):
+    with pytest.raises(ValueError, match=rf"cached attention: offsets\[1\] is {offset}, expected 0 to"):
         problem.run()
     assert np.array_equal(problem.keys, before)

@@ -94,12 +94,6 @@ def cross_entropy_of_linear_backward(dout, x, weight):
     return gradients
 
 
-def cross_entropy_of_logits_backward(dout, logits):
-    gradient = nan(*logits.shape)
-    _core.cross_entropy(logits, TARGETS, gradient)
-    return (dout * gradient,)
-
-
 def dropped(x):
     out = nan(*x.shape)
     _core.dropout(x, None, 0.3, 7, out)  # by which the NaN of the test below is kept
@@ -136,10 +130,6 @@ OPERATIONS = {
     "linear cross entropy": (
         cross_entropy_of_linear, cross_entropy_of_linear_backward, [(21, 7), (30, 7)],
         lambda x, w: functional.cross_entropy(functional.linear(x, w), torch.tensor(TARGETS).long())[None],
-    ),
-    "cross entropy": (
-        lambda logits: np.array([_core.cross_entropy(logits, TARGETS)]), cross_entropy_of_logits_backward, [(21, 30)],
-        lambda logits: functional.cross_entropy(logits, torch.tensor(TARGETS).long())[None],
     ),
     "dropout": (dropped, lambda dout, x: (dropped(dout),), [(19, 33)], torch_dropped),
 }  # fmt: skip

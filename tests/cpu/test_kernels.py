@@ -305,9 +305,9 @@ def test_cross_entropy(N, V, ignored, spread):
     logits = normal(N, V) * np.float32(spread)
     targets = np.where(rng.random(N) < ignored, -1, rng.integers(0, V, N)).astype(np.int32)
     loss, gradient = reference.cross_entropy(logits.astype(np.float64), targets)
-    dlogits = nan(N, V)
-    assert _core.cross_entropy(logits, targets) == pytest.approx(loss, rel=1e-6, abs=1e-6)
-    assert _core.cross_entropy(logits, targets, dlogits) == pytest.approx(loss, rel=1e-6, abs=1e-6)
+    dlogits, identity = nan(N, V), np.eye(V, dtype=np.float32)  # by which x itself are the logits
+    assert _core.linear_cross_entropy(logits, identity, targets) == pytest.approx(loss, rel=1e-6, abs=1e-6)
+    assert _core.linear_cross_entropy(logits, identity, targets, dlogits) == pytest.approx(loss, rel=1e-6, abs=1e-6)
     close(dlogits, gradient, 3e-6)
 
 
@@ -335,21 +335,17 @@ def test_linear_cross_entropy(N, C, V, scale):
     np.testing.assert_allclose(more, dweight + start, rtol=1e-5, atol=1e-5)
 
 
-def test_extreme_logits():
-    logits = np.array([[1e4, -1e4, 0], [-np.inf, 0, 1], [3e38, -3e38, 0]], np.float32)
-    targets = np.array([0, 2, 0], np.int32)
-    gradient = nan(3, 3)
-    loss = _core.cross_entropy(logits, targets, gradient)
-    assert loss == pytest.approx(np.log(1 + np.exp(-1)) / 3, rel=1e-6)
-    assert np.isfinite(gradient).all()
+@pytest.mark.parametrize("n_rows, vocab_size, rows", [
+    (1024, 50257, 528), (512, 50257, 512), (8192, 96, 8192), (300_000, 96, 283_984), (1024, 2_000_000, 64), (1, 1, 1),
+])  # fmt: skip
+def test_cross_entropy_holds_the_logits_of_some_rows_at_a_time(n_rows, vocab_size, rows):
+    assert _core.cross_entropy_rows(n_rows, vocab_size) == rows
 
 
-@pytest.mark.parametrize("at", [0, 5, 36])
-def test_cross_entropy_of_nan(at):
-    logits, gradient = normal(3, 37), nan(3, 37)
-    logits[1, at] = np.nan
-    assert np.isnan(_core.cross_entropy(logits, np.zeros(3, np.int32), gradient))
-    np.testing.assert_array_equal(np.isnan(gradient).any(-1), [False, True, False])
+@pytest.mark.parametrize("n_rows, vocab_size, name", [(0, 96, "n_rows"), (4, -1, "vocab_size")])
+def test_cross_entropy_rows_needs_sizes(n_rows, vocab_size, name):
+    with pytest.raises(ValueError, match=f"^cross_entropy_rows: {name} is .*, expected 1 or more"):
+        _core.cross_entropy_rows(n_rows, vocab_size)
 
 
 # ---- AdamW ----
@@ -541,10 +537,13 @@ IDS = np.zeros((2, 3), np.int32)
         ),
         (lambda: _core.embedding_backward(IDS + 5, nan(2, 3, 6), nan(5, 6), None), "embedding backward: ids holds 5"),
         (
-            lambda: _core.cross_entropy(X, np.array([0, 1, 2, 6], np.int32)),
-            "targets holds 6, expected -1 or 0 <= id < 6",
+            lambda: _core.linear_cross_entropy(X, W, np.array([0, 1, 2, 5], np.int32)),
+            "targets holds 5, expected -1 or 0 <= id < 5",
         ),
-        (lambda: _core.cross_entropy(X, np.array([0, 1, 2, -2], np.int32)), "cross_entropy: targets holds -2"),
+        (
+            lambda: _core.linear_cross_entropy(X, W, np.array([0, 1, 2, -2], np.int32)),
+            "cross_entropy: targets holds -2",
+        ),
         (lambda: _core.linear_cross_entropy(X, W, np.zeros(3, np.int32)), r"targets is \(3,\), expected \(4,\)"),
         (lambda: _core.dropout(X, None, 1.0, 0, nan(4, 6)), "dropout: p is 1.0*, expected 0 <= p < 1"),
         (lambda: _core.dropout(X, None, 0.5, 0, nan(4, 5)), r"dropout: out is \(4, 5\), expected \(4, 6\)"),
