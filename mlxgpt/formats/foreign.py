@@ -16,7 +16,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,27 @@ from ..data import tokenizer
 from ..model import lora
 from ..model.config import GPTConfig
 from ..model.gpt import GPT, Linear
-from . import gguf_file, safetensors_file, torch_file, training_state
+from . import gguf_file, pickles, safetensors_file, torch_file, training_state
 from . import model_directory as checkpoint
-from .safetensors_file import Tensor
+from .tensors import (
+    FLOATS,
+    Tensor,
+    cast,
+    equal,
+    first_rows,
+    in_file,
+    numpy_dtype,
+    reporting,
+    row_blocks,
+    to_float32,
+    transposed,
+    zeros,
+)
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
-FLOATS = ("float32", "float16", "bfloat16")
 NANOGPT = "nanogpt.json"  # in a model directory: what ckpt.pt says that nothing here uses
 SETTINGS = (  # of nanoGPT's config, those that TrainConfig has under the same names
     "learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr", "max_iters", "weight_decay", "beta1",
@@ -192,7 +204,7 @@ def _hugging_face(
         config, note = _config_of(tensors, n_head, files[0], "gelu_new" if conv1d else "gelu")
         notes.append(f"there is no config.json: {note}")
     if conv1d:
-        tensors = {name: _turned(t) if checkpoint.is_conv1d(name) else t for name, t in tensors.items()}
+        tensors = {name: transposed(t) if checkpoint.is_conv1d(name) else t for name, t in tensors.items()}
     if not config.bias:  # the zeros that other programs want to see
         for name in [n for n in tensors if n.endswith(".bias") and not np.any(tensors[n].read())]:
             dropped[name] = "zeros that stand for no bias"
@@ -334,7 +346,7 @@ def _llmc(path: Path) -> Checkpoint:
     if padded < V:
         raise ValueError(f"{path}: the padded vocabulary is {padded}, expected at least vocab_size = {V}")
     dtype = "float32" if version == 3 else "bfloat16"
-    item = safetensors_file.numpy_dtype(dtype)
+    item = numpy_dtype(dtype)
     at, size, tensors = 1024, path.stat().st_size, {}
     # before anything is made that a lying header could make large
     expected = at + item.itemsize * ((padded + T) * C + L * (12 * C + 13) * C + 2 * C)
@@ -350,9 +362,9 @@ def _llmc(path: Path) -> Checkpoint:
     order += [(f"h.{layer}.{kind}", shape) for kind, shape in kinds for layer in range(L)]
     order += [("ln_f.weight", (C,)), ("ln_f.bias", (C,))]
     for name, shape in order:
-        tensors[name] = Tensor(dtype, shape, safetensors_file.mapped(path, at, item, shape))
+        tensors[name] = in_file(path, at, dtype, shape)
         at += item.itemsize * math.prod(shape)
-    tensors["wte.weight"] = _first_rows(tensors["wte.weight"], V)
+    tensors["wte.weight"] = first_rows(tensors["wte.weight"], V)
     dropped = {f"wte.weight, rows {V} to {padded}": "padding of the vocabulary"} if padded > V else {}
     model = _checked(Checkpoint("llm.c", config, tensors, dropped=dropped), path)
     _add_tokenizer(model, path.parent, None)
@@ -374,7 +386,7 @@ def _our_names(found: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tenso
         else:
             tensors[ours] = tensor
     head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
-    if head and embedding and head.shape == embedding.shape and _same(head, embedding):
+    if head and embedding and head.shape == embedding.shape and equal(head, embedding):
         del tensors["lm_head.weight"]
         dropped["lm_head.weight"] = "the head is tied to wte.weight"
     return tensors, dropped
@@ -469,7 +481,7 @@ def _add_tokenizer(model: Checkpoint, directory: Path, meta: Path | None) -> Non
 
 def _characters(meta: Path, vocab_size: int) -> tokenizer.CharTokenizer:
     """What nanoGPT's prepare.py writes: {"itos": {0: "\\n", ...}, ...}, read as data."""
-    content = torch_file.read_pickle(_small(meta), str(meta))
+    content = pickles.read(_small(meta), str(meta))
     itos = content.get("itos") if isinstance(content, dict) else None
     if not isinstance(itos, dict) or sorted(itos) != list(range(len(itos))) or not itos:
         raise ValueError(f"{meta}: not nanoGPT's meta.pkl: itos must number the characters from 0 on")
@@ -482,76 +494,6 @@ def _characters(meta: Path, vocab_size: int) -> tokenizer.CharTokenizer:
 
 
 # ---- tensors ----
-
-
-def _turned(tensor: Tensor) -> Tensor:
-    return Tensor(tensor.dtype, tensor.shape[::-1], lambda: tensor.read().T)
-
-
-def _first_rows(tensor: Tensor, n: int) -> Tensor:
-    return Tensor(tensor.dtype, (n, *tensor.shape[1:]), lambda: tensor.read()[:n])
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, compared without holding either whole."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if a.memory is not None and a.memory == b.memory:
-        return True
-    return all(
-        np.ascontiguousarray(a.read()[rows]).tobytes() == np.ascontiguousarray(b.read()[rows]).tobytes()
-        for rows in _blocks(a)
-    )
-
-
-def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """A tensor in another floating-point type, rounded to the nearest. ValueError when it is read for a value that
-    the type can't hold."""
-    if tensor.dtype == dtype:
-        return tensor
-
-    def rounded(values: np.ndarray) -> np.ndarray:
-        if dtype == "bfloat16":  # its bits are float32's upper half
-            bits = np.ascontiguousarray(values).view(np.uint32)
-            even = bits >> 16
-            even &= 1
-            even += 0x7FFF
-            even += bits
-            even >>= 16
-            result = even.astype(np.uint16)
-            if (nan := np.isnan(values)).any():  # which rounding could make an infinity of
-                result[nan] = (bits[nan] >> 16) | 0x40
-            return result
-        with np.errstate(over="ignore"):
-            result = values.astype(dtype)
-        if dtype == "float16" and not np.array_equal(np.isinf(result), np.isinf(values)):
-            raise ValueError(f"{name} holds {np.abs(values).max():g}, more than float16's 65504: say --dtype bfloat16")
-        return result
-
-    def read() -> np.ndarray:
-        result = np.empty(tensor.shape, safetensors_file.numpy_dtype(dtype))
-        for rows in _blocks(tensor):  # read anew for each, so that what is done is unmapped
-            result[rows] = rounded(to_float32(tensor.read()[rows], tensor.dtype))
-        return result
-
-    return Tensor(dtype, tensor.shape, read)
-
-
-def _blocks(tensor: Tensor) -> Iterator[Any]:
-    """Indices of some rows at a time, of 16 MB or so."""
-    if not tensor.shape:
-        yield ()
-        return
-    n = max(1, (1 << 22) // max(1, math.prod(tensor.shape[1:])))
-    for first in range(0, tensor.shape[0], n):
-        yield slice(first, first + n)
-
-
-def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array as Tensor.read gives it -> its values in float32, exact."""
-    if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32, copy=False)
 
 
 def _plain(value: Any) -> Any:
@@ -578,7 +520,7 @@ def cropped(model: Checkpoint, block_size: int) -> Checkpoint:
         raise ValueError(f"block_size is {block_size}, expected 1 to the source's {model.config.block_size}")
 
     def crop(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: _first_rows(t, block_size) if n.endswith("wpe.weight") else t for n, t in tensors.items()}
+        return {n: first_rows(t, block_size) if n.endswith("wpe.weight") else t for n, t in tensors.items()}
 
     dropped = dict(model.dropped)
     if block_size < model.config.block_size:
@@ -595,7 +537,7 @@ def cropped(model: Checkpoint, block_size: int) -> Checkpoint:
 def hugging_face_tensors(model: Checkpoint) -> dict[str, Tensor]:
     """The tensors under Hugging Face's names, in Conv1D's layout, with zeros for biases that aren't there."""
     return {
-        checkpoint.file_name(name, model.config): _turned(t) if checkpoint.is_conv1d(name) else t
+        checkpoint.file_name(name, model.config): transposed(t) if checkpoint.is_conv1d(name) else t
         for name, t in _with_biases(model).items()
     }
 
@@ -603,11 +545,7 @@ def hugging_face_tensors(model: Checkpoint) -> dict[str, Tensor]:
 def _with_biases(model: Checkpoint) -> dict[str, Tensor]:
     biases = checkpoint.missing_biases(model.tensors, model.config)
     like = {bias: model.tensors[of] for bias, of in biases.items()}
-    return model.tensors | {bias: _zeros(of.dtype, of.shape[0]) for bias, of in like.items()}
-
-
-def _zeros(dtype: str, n: int) -> Tensor:
-    return Tensor(dtype, (n,), lambda: np.zeros(n, safetensors_file.numpy_dtype(dtype)))
+    return model.tensors | {bias: zeros(of.dtype, of.shape[:1]) for bias, of in like.items()}
 
 
 def nanogpt_content(model: Checkpoint) -> dict[str, Any]:
@@ -678,7 +616,7 @@ def _quantized(name: str, tensor: Tensor, bits: int) -> dict[str, Tensor]:
 
     def make() -> None:
         parts: dict[str, list[np.ndarray]] = {}
-        for rows in _blocks(tensor):  # each row has groups of its own
+        for rows in row_blocks(tensor):  # each row has groups of its own
             # from its values' float32, since NumPy has no bfloat16
             block = mx.array(to_float32(tensor.read()[rows], tensor.dtype)).astype(getattr(mx, tensor.dtype))
             for part, array in checkpoint.quantize({name: block}, bits, GROUP_SIZE).items():
@@ -729,7 +667,7 @@ def write_directory(directory: Path, model: Checkpoint, bits: int, done: Callabl
 def write_nanogpt(directory: Path, model: Checkpoint, done: Callable[[int], None]) -> None:
     """nanoGPT's out_dir: ckpt.pt, and meta.pkl with the characters, which its sample.py looks for in data/."""
     directory.mkdir()
-    torch_file.write(directory / "ckpt.pt", _watched(nanogpt_content(model), done))
+    torch_file.write(directory / "ckpt.pt", reporting(nanogpt_content(model), done))
     text = _tokenizer_if_read(model)
     if isinstance(text, tokenizer.CharTokenizer):
         numbered = dict(enumerate(text.characters))
@@ -737,32 +675,8 @@ def write_nanogpt(directory: Path, model: Checkpoint, done: Callable[[int], None
         disk.write_file(directory / "meta.pkl", pickle.dumps(meta, protocol=2))
 
 
-def _watched(content: Any, done: Callable[[int], None]) -> Any:
-    """The same, telling of each tensor that is read."""
-    seen: dict[int, Tensor] = {}  # a tensor that is there twice stays one
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: walk(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [walk(v) for v in value]
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in seen:
-
-            def read() -> np.ndarray:
-                array = value.read()
-                done(array.nbytes)
-                return array
-
-            seen[id(value)] = Tensor(value.dtype, value.shape, read)
-        return seen[id(value)]
-
-    return walk(content)
-
-
 def write_gguf(path: Path, model: Checkpoint, name: str, done: Callable[[int], None]) -> None:
     text = tokenizer_of(model)
     if text is None:
         raise ValueError("gguf: the source has no tokenizer, and llama.cpp needs one: say --meta for nanoGPT's")
-    gguf_file.write(path, model.config, _watched(model.tensors, done), text, name)
+    gguf_file.write(path, model.config, reporting(model.tensors, done), text, name)

@@ -9,12 +9,13 @@ import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, byte_of_character
 from ..model.config import GPTConfig
+from .tensors import Tensor, to_float32
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -27,16 +28,6 @@ _DTYPES: dict[str, tuple[np.dtype, str, str]] = {
     "float16": (np.dtype(np.float16), "F16", "MOSTLY_F16"),
     "bfloat16": (np.dtype(np.uint16), "BF16", "MOSTLY_BF16"),
 }
-
-
-class Tensor(Protocol):
-    """A tensor that is read when it is wanted."""
-
-    @property
-    def dtype(self) -> str: ...  # float32, float16 or bfloat16
-    @property
-    def shape(self) -> Shape: ...
-    def read(self) -> np.ndarray: ...
 
 
 def write(path: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, name: str) -> None:
@@ -135,8 +126,8 @@ def _read(name: str, shape: Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
     dtype, array = tensors[name].dtype, tensors[name].read()
     if array.shape != shape or array.dtype != _DTYPES[dtype][0]:
         raise ValueError(f"GGUF: {name} reads as {array.dtype} {array.shape}, expected {dtype} {shape}")
-    if dtype != _file_dtype(name, tensors):  # to float32, whose upper half bfloat16 is
-        array = (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array.astype(np.float32)
+    if dtype != _file_dtype(name, tensors):
+        array = to_float32(array, dtype)
     return np.ascontiguousarray(array)
 
 

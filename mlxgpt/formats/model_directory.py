@@ -38,7 +38,7 @@ from ..model import lora
 from ..model.config import GPTConfig
 from ..model.gpt import GPT
 from . import safetensors_file
-from .safetensors_file import Tensor
+from .tensors import Tensor
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1  # of what the object `mlxgpt` in config.json says

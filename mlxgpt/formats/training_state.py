@@ -41,7 +41,7 @@ from ..training.optim import AdamW
 from ..training.recipe import TrainConfig
 from . import model_directory as checkpoint
 from . import safetensors_file
-from .safetensors_file import Tensor
+from .tensors import Tensor
 
 OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
 TRAINING_FORMAT = 2

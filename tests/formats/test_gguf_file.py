@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +12,7 @@ import pytest
 
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer, decode
 from mlxgpt.formats import gguf_file
+from mlxgpt.formats.tensors import Tensor
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.generation.sampling import Sampler
 from mlxgpt.model.config import GPTConfig
@@ -25,13 +24,6 @@ TINY = GPTConfig(block_size=9, vocab_size=7, n_layer=2, n_head=3, n_embd=12)
 SEVEN = CharTokenizer("\n abcdé")
 GPT2 = BPETokenizer.gpt2()
 MX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
 
 
 def lazy(array: mx.array) -> Tensor:

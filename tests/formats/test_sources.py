@@ -22,7 +22,7 @@ from mlxgpt.data import tokenizer
 from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import safetensors_file, torch_file, training_state
-from mlxgpt.formats.torch_file import Tensor
+from mlxgpt.formats.tensors import FLOATS, Tensor, cast, to_float32
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
@@ -62,7 +62,7 @@ def random_model(config: GPTConfig = SHAPE, dtype: str = "float32", seed: int = 
     tensors = {}
     for name, p in GPT(config).named_weights().items():
         values = rng.standard_normal(p.shape).astype(np.float32) * 0.1
-        tensors[name] = convert.cast(name, Tensor("float32", values.shape, lambda v=values: v), dtype)
+        tensors[name] = cast(name, Tensor("float32", values.shape, lambda v=values: v), dtype)
     return convert.Checkpoint("made", config, tensors)
 
 
@@ -164,7 +164,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["tied", "no bias, exact GELU", "untied"])
-@pytest.mark.parametrize("dtype", convert.FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_there_and_back_bit_for_bit(tmp_path, config, dtype):
     model = random_model(config, dtype)
     convert.write_directory(tmp_path / "ours", model, 0, lambda n: None)
@@ -202,13 +202,13 @@ def test_cast_rounds_to_the_nearest(dtype):
     values = np.random.default_rng(0).standard_normal(10000).astype(np.float32) * 10.0 ** np.arange(-8, 2).repeat(1000)
     values = np.concatenate([values.astype(np.float32), [0.0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8]])
     values = values.astype(np.float32)
-    tensor = convert.cast("x", Tensor("float32", values.shape, lambda: values), dtype)
+    tensor = cast("x", Tensor("float32", values.shape, lambda: values), dtype)
     expected = np.array(mx.array(values).astype(getattr(mx, dtype)).astype(mx.float32))
-    np.testing.assert_array_equal(convert.to_float32(tensor.read(), dtype), expected)
+    np.testing.assert_array_equal(to_float32(tensor.read(), dtype), expected)
 
 
 def test_cast_says_what_does_not_fit():
-    tensor = convert.cast("h.0.x", Tensor("float32", (2,), lambda: np.array([1, 1e6], np.float32)), "float16")
+    tensor = cast("h.0.x", Tensor("float32", (2,), lambda: np.array([1, 1e6], np.float32)), "float16")
     with pytest.raises(ValueError, match=r"h\.0\.x holds 1e\+06, more than float16's 65504"):
         tensor.read()
 
