@@ -30,6 +30,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
     FileNotFoundError; ValueError, naming the file, for a header that is damaged or doesn't fit the file.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(8)

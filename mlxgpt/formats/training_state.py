@@ -35,19 +35,19 @@ from ..common import disk
 from ..common.settings import from_dict
 from ..cpu import operations as kernels
 from ..data.tokenizer import Tokenizer
-from ..model import lora
 from ..model.gpt import GPT
 from ..training.optim import AdamW
 from ..training.recipe import TrainConfig
+from . import adapters, gpt2, safetensors_file
 from . import model_directory as checkpoint
-from . import safetensors_file
+from .mlx_arrays import as_tensors, load_arrays
 from .tensors import Tensor
 
 OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
 TRAINING_FORMAT = 2
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 SUMS = "SHA256SUMS"
-_WEIGHTS = (checkpoint.WEIGHTS, lora.WEIGHTS)
+_WEIGHTS = (gpt2.WEIGHTS, adapters.WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_training_record(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a training state")
-    checkpoint.require_format(path, "format", record.get("format"), TRAINING_FORMAT)
+    disk.require_format(path, "format", record.get("format"), TRAINING_FORMAT)
     record = {"skipped": 0, "progress": {}, **record}
     if not all(isinstance(record.get(name), dict) for name in ("settings", "progress")):
         raise ValueError(f"{path}: not a training state")
@@ -111,9 +111,9 @@ def load_training_state(directory: Path, model: GPT, optimizer: AdamW) -> dict[s
     record, path = load_training_record(directory), directory / OPTIMIZER
     weights = model.trainable_weights()
     expected = {f"{average}.{name}": tuple(p.shape) for average in "mv" for name, p in weights.items()}
-    tensors = checkpoint.read_tensors(path)
-    checkpoint.check_tensors(tensors, expected, path)
-    averages = checkpoint.load_arrays(tensors, path)
+    tensors = safetensors_file.read(path)
+    gpt2.check_tensors(tensors, expected, path)
+    averages = load_arrays(tensors, path)
     optimizer.restore(model, record["step"] - record["skipped"], averages)
     optimizer.eps = record["eps"]
     return record
@@ -145,7 +145,7 @@ class Checkpoints:
         self.wait()
         optimizer = state.optimizer
         weights_file, weights = checkpoint.weights_file(model)
-        files = {weights_file: weights, OPTIMIZER: checkpoint.array_tensors(optimizer.averages(model))}
+        files = {weights_file: weights, OPTIMIZER: as_tensors(optimizer.averages(model))}
         lent = _Lent(files, self._copies)
         optimizer.before_update = lent.take_back
         record = training_json(

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from ..common import cli
 from ..common.settings import read_toml
 from ..data import tokenizer
 from ..data.dataset import Dataset
-from ..formats import foreign as convert
+from ..formats import adapters, mlx_arrays, sources, training_state
 from ..formats import model_directory as checkpoint
-from ..formats import training_state
 from ..model import lora
 from ..model.config import GPTConfig
 from ..model.gpt import GPT
@@ -103,14 +101,12 @@ class Start:
 
     def put_weights(self, model: GPT) -> None:
         """Its weights into a model, of as many positions as that has; with its adapters, if it has some."""
-        adapted = self.record is not None and lora.is_in(self.path)
+        adapted = self.record is not None and adapters.is_in(self.path)
         load = self.load or functools.partial(checkpoint.load_base if adapted else checkpoint.load_model, self.path)
-        weights = load().named_weights()
-        weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
-        model.update(tree_unflatten(list(weights.items())))
+        mlx_arrays.copy_weights(load(), model)
         if adapted:
-            lora.add(model, lora.read(self.path))
-            checkpoint.load_adapters(self.path, model)
+            lora.add(model, adapters.read(self.path))
+            adapters.load(self.path, model)
 
     def home(self, config: TrainConfig) -> Path | None:
         """The directory of the run that goes on, to write there again, unless out_dir names another.
@@ -136,7 +132,7 @@ def choose_trained(model: GPT, config: TrainConfig, start: Start | None) -> None
     if config.lora_rank and model.lora is None:
         mx.random.seed(config.seed)
         base = start.directory if start else None
-        lora.add(model, lora.LoRA.of(config.lora_rank, config.lora_alpha, config.lora_targets, base))
+        lora.add(model, adapters.new(config.lora_rank, config.lora_alpha, config.lora_targets, base))
     if config.freeze:
         model.freeze_named(name.strip() for name in config.freeze.split(",") if name.strip())
 
@@ -166,7 +162,7 @@ class Begin:
             record = training_state.load_training_record(path)
             self.start = Start(path, checkpoint.load_config(path), tokenizer.load(path), record, tuple(damaged))
         elif given.get("init_from"):
-            found = convert.start(path := Path(str(given["init_from"])).expanduser())
+            found = sources.open_model(path := Path(str(given["init_from"])).expanduser())
             path = found.directory or path
             self.start = Start(path, found.config, found.tokenizer, load=found.load, directory=found.directory)
         return self.start.settings() if self.start else {}

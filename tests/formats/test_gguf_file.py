@@ -212,8 +212,8 @@ def test_warnings_say_what_llama_cpp_does_otherwise():
     [
         (lambda t: t.pop("h.1.mlp.c_fc.bias"), r"missing h\.1\.mlp\.c_fc\.bias"),
         (lambda t: t.update({"h.2.ln_1.weight": t["ln_f.weight"]}), r"unknown h\.2\.ln_1\.weight"),
-        (lambda t: t.update({"wte.weight": t["wpe.weight"]}), r"wte\.weight is .* \(9, 12\), expected .* \(7, 12\)"),
-        (lambda t: t.update({"ln_f.bias": Tensor("int8", (12,), None)}), r"ln_f\.bias is int8 \(12,\), expected"),
+        (lambda t: t.update({"wte.weight": t["wpe.weight"]}), r"wte\.weight is \(9, 12\), expected \(7, 12\)"),
+        (lambda t: t.update({"ln_f.bias": Tensor("int8", (12,), None)}), r"ln_f\.bias is int8, expected float32 or"),
         (
             lambda t: t.update({"ln_f.bias": Tensor("float32", (12,), lambda: np.zeros(11, np.float32))}),
             r"ln_f\.bias reads as float32 \(11,\), expected float32 \(12,\)",

@@ -19,9 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxgpt.data import tokenizer
-from mlxgpt.formats import foreign as convert
-from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import safetensors_file, torch_file, training_state
+from mlxgpt.formats import hugging_face, model_directory, nanogpt, safetensors_file, sources, torch_file, training_state
+from mlxgpt.formats.foreign import ForeignModel
 from mlxgpt.formats.tensors import FLOATS, Tensor, cast, to_float32
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
@@ -43,7 +42,7 @@ def converted(source: Path, destination: Path, *options: object) -> Path:
 
 
 def logits_of(directory: Path, ids: np.ndarray) -> np.ndarray:
-    return np.array(checkpoint.load_model(directory)(mx.array(ids.astype(np.int32))))
+    return np.array(model_directory.load_model(directory)(mx.array(ids.astype(np.int32))))
 
 
 def arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -56,14 +55,14 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         np.testing.assert_array_equal(np.array(tensor.read()), np.array(b[name].read()), err_msg=name)
 
 
-def random_model(config: GPTConfig = SHAPE, dtype: str = "float32", seed: int = 0) -> convert.Checkpoint:
+def random_model(config: GPTConfig = SHAPE, dtype: str = "float32", seed: int = 0) -> ForeignModel:
     """A checkpoint with values that are all different, so that no mistake of layout hides."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, p in GPT(config).named_weights().items():
         values = rng.standard_normal(p.shape).astype(np.float32) * 0.1
         tensors[name] = cast(name, Tensor("float32", values.shape, lambda v=values: v), dtype)
-    return convert.Checkpoint("made", config, tensors)
+    return ForeignModel("made", config, tensors)
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_hugging_face_directory(tmp_path):
 def test_nanogpt_as_pytorch_left_it(tmp_path):
     """A model that torch.compile had wrapped, after two steps, and its optimizer."""
     golden = np.load(GOLDEN / "nanogpt.npz")
-    source = convert.read(GOLDEN / "nanogpt.pt")
+    source = sources.read_model(GOLDEN / "nanogpt.pt")
     assert (source.config.activation, source.config.n_head, source.config.bias) == ("gelu", 3, True)
     assert source.training["step"] == 2 and source.nanogpt["config"] == {"dataset": "made"}
     for name in ("wpe.weight", "h.1.attn.c_proj.weight", "ln_f.bias"):
@@ -110,17 +109,18 @@ def test_shards_and_what_their_index_may_not_say(tmp_path):
     (tmp_path / "config.json").write_bytes((GOLDEN / "hf_gpt2" / "config.json").read_bytes())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {n: f"part{int(n not in names[:5])}.safetensors" for n in names}}))
-    assert_same_bits(convert.read(tmp_path).tensors, convert.read(GOLDEN / "hf_gpt2").tensors)
+    assert_same_bits(sources.read_model(tmp_path).tensors, sources.read_model(GOLDEN / "hf_gpt2").tensors)
     for shard in ("../part0.safetensors", "/etc/passwd", "..", ""):
         index.write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
         with pytest.raises(ValueError, match="name of a file beside the index"):
-            convert.read(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="weight_map"):
-        convert.read(tmp_path)
+            sources.read_model(tmp_path)
+    for content, message in {"{}": "weight_map", '{"weight_map": 3}': "weight_map", "[]": "expected an object"}.items():
+        index.write_text(content)
+        with pytest.raises(ValueError, match=f"{index}: .*{message}"):
+            sources.read_model(tmp_path)
 
 
-def write_llmc(path: Path, model: convert.Checkpoint, version: int, padded: int) -> None:
+def write_llmc(path: Path, model: ForeignModel, version: int, padded: int) -> None:
     """As llm.c's train_gpt2.py does."""
     c = model.config
     header = np.zeros(256, np.int32)
@@ -142,16 +142,16 @@ def test_llmc(tmp_path, version, dtype):
     model = random_model(dtype=dtype)
     path = tmp_path / "gpt2.bin"
     write_llmc(path, model, version, padded=64)
-    read = convert.read(path)
+    read = sources.read_model(path)
     assert read.config == SHAPE
     assert_same_bits(read.tensors, model.tensors)
     data = path.read_bytes()
     path.write_bytes(data[:-4])
     with pytest.raises(ValueError, match="bytes, expected"):
-        convert.read(path)
+        sources.read_model(path)
     path.write_bytes(data[:4] + struct.pack("<i", 1) + data[8:])
     with pytest.raises(ValueError, match="format 1, expected 3"):
-        convert.read(path)
+        sources.read_model(path)
 
 
 # ---- destinations, and back ----
@@ -167,15 +167,15 @@ CONFIGS = [
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_there_and_back_bit_for_bit(tmp_path, config, dtype):
     model = random_model(config, dtype)
-    convert.write_directory(tmp_path / "ours", model, 0, lambda n: None)
-    ours = convert.read(tmp_path / "ours")
+    hugging_face.write(tmp_path / "ours", model)
+    ours = sources.read_model(tmp_path / "ours")
     assert ours.config == config
     assert_same_bits(ours.tensors, model.tensors)
-    convert.write_nanogpt(tmp_path / "nanogpt", ours, lambda n: None)
-    nanogpt = convert.read(tmp_path / "nanogpt")
-    assert nanogpt.config == dataclasses.replace(config, activation="gelu")
-    assert_same_bits(nanogpt.tensors, model.tensors)
-    safetensors_file.write(tmp_path / "one.safetensors", convert.hugging_face_tensors(nanogpt))
+    nanogpt.write(tmp_path / "nanogpt", ours)
+    from_nanogpt = sources.read_model(tmp_path / "nanogpt")
+    assert from_nanogpt.config == dataclasses.replace(config, activation="gelu")
+    assert_same_bits(from_nanogpt.tensors, model.tensors)
+    safetensors_file.write(tmp_path / "one.safetensors", hugging_face.tensors_of(from_nanogpt))
     assert_same_bits(
         safetensors_file.read(tmp_path / "one.safetensors"),
         safetensors_file.read(tmp_path / "ours" / "model.safetensors"),
@@ -188,7 +188,7 @@ def test_a_converted_model_computes_the_same(tmp_path, ids):
     ours.load_weights([(name, mx.array(t.read())) for name, t in model.tensors.items()])
     ours.eval()
     expected = np.array(ours(mx.array(ids.astype(np.int32))))
-    convert.write_nanogpt(tmp_path / "nanogpt", model, lambda n: None)
+    nanogpt.write(tmp_path / "nanogpt", model)
     result = converted(tmp_path / "nanogpt", tmp_path / "model")
     config = json.loads((result / "config.json").read_text())
     assert config["activation_function"] == "gelu"  # what nanoGPT computes
@@ -217,7 +217,7 @@ def test_cast_says_what_does_not_fit():
 def test_quantized(tmp_path, bits):
     config = dataclasses.replace(SHAPE, n_embd=192)
     model = random_model(config)
-    convert.write_directory(tmp_path / "model", model, bits, lambda n: None)
+    hugging_face.write(tmp_path / "model", model, bits)
     tensors = safetensors_file.read(tmp_path / "model" / "model.safetensors")
     groups = json.loads((tmp_path / "model" / "config.json").read_text())["quantization"]
     assert groups == {"group_size": 64, "bits": bits}
@@ -227,15 +227,15 @@ def test_quantized(tmp_path, bits):
         step = np.abs(np.array(part[1])).max()
         np.testing.assert_allclose(back, model.tensors[f"{name}.weight"].read(), atol=step)
     logits = logits_of(tmp_path / "model", np.arange(16)[None])
-    convert.write_directory(tmp_path / "whole", model, 0, lambda n: None)
+    hugging_face.write(tmp_path / "whole", model)
     expected = logits_of(tmp_path / "whole", np.arange(16)[None])
     assert 0 < np.abs(logits - expected).max() < {8: 0.1, 4: 1.5}[bits]
 
 
 def test_cropped(tmp_path, ids):
-    convert.write_directory(tmp_path / "whole", random_model(), 0, lambda n: None)
+    hugging_face.write(tmp_path / "whole", random_model())
     crop = converted(tmp_path / "whole", tmp_path / "crop", "--block_size", 10)
-    assert checkpoint.load_config(crop).block_size == 10
+    assert model_directory.load_config(crop).block_size == 10
     np.testing.assert_array_equal(logits_of(crop, ids[:, :10]), logits_of(tmp_path / "whole", ids[:, :10]))
     assert "expected 1 to the source's 16" in command(tmp_path / "whole", tmp_path / "x", "--block_size", 17).stderr
 
@@ -243,7 +243,7 @@ def test_cropped(tmp_path, ids):
 def test_characters_come_along(tmp_path):
     characters = [*"\n !abcdefghijklmnopqrstuvwxyé"]
     meta = {"vocab_size": 29, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
-    convert.write_nanogpt(tmp_path / "run", random_model(), lambda n: None)
+    nanogpt.write(tmp_path / "run", random_model())
     (tmp_path / "run" / "meta.pkl").write_bytes(pickle.dumps(meta))
     directory = converted(tmp_path / "run", tmp_path / "model")
     assert tokenizer.load(directory).characters == characters
@@ -252,7 +252,7 @@ def test_characters_come_along(tmp_path):
 
 
 def test_a_tokenizer_of_another_kind_comes_along_with_a_note(tmp_path):
-    convert.write_directory(tmp_path / "model", random_model(), 0, lambda n: None)
+    hugging_face.write(tmp_path / "model", random_model())
     other = json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
     (tmp_path / "model" / "tokenizer.json").write_text(other)
     result = command(tmp_path / "model", tmp_path / "again")
@@ -270,7 +270,7 @@ def test_an_evil_meta_pkl_runs_nothing(tmp_path):
         def __reduce__(self):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
-    convert.write_nanogpt(tmp_path / "run", random_model(), lambda n: None)
+    nanogpt.write(tmp_path / "run", random_model())
     (tmp_path / "run" / "meta.pkl").write_bytes(pickle.dumps({"itos": Evil()}))
     result = command(tmp_path / "run", tmp_path / "model")
     assert result.returncode == 1 and "exec" in result.stderr and "Traceback" not in result.stderr
@@ -278,9 +278,9 @@ def test_an_evil_meta_pkl_runs_nothing(tmp_path):
 
 
 def test_a_destination_that_is_there_stays(tmp_path):
-    convert.write_directory(tmp_path / "model", random_model(), 0, lambda n: None)
+    hugging_face.write(tmp_path / "model", random_model())
     other = tmp_path / "other"
-    convert.write_directory(other, random_model(seed=1), 0, lambda n: None)
+    hugging_face.write(other, random_model(seed=1))
     before = (other / "model.safetensors").read_bytes()
     assert "say --force" in command(tmp_path / "model", other).stderr
     assert (other / "model.safetensors").read_bytes() == before
@@ -297,14 +297,14 @@ def test_a_source_that_fails_midway_leaves_nothing(tmp_path):
     values = random_model()
     large = np.full((29, 12), 1e6, np.float32)
     values.tensors["wte.weight"] = Tensor("float32", large.shape, lambda: large)
-    convert.write_directory(tmp_path / "model", values, 0, lambda n: None)
+    hugging_face.write(tmp_path / "model", values)
     result = command(tmp_path / "model", tmp_path / "half", "--dtype", "float16")
     assert result.returncode == 1 and "more than float16's 65504" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def change(model: convert.Checkpoint, **tensors: Tensor | None) -> dict[str, Tensor]:
-    all_tensors = {**convert.hugging_face_tensors(model), **{k.replace("__", "."): t for k, t in tensors.items()}}
+def change(model: ForeignModel, **tensors: Tensor | None) -> dict[str, Tensor]:
+    all_tensors = {**hugging_face.tensors_of(model), **{k.replace("__", "."): t for k, t in tensors.items()}}
     return {k: t for k, t in all_tensors.items() if t is not None}
 
 
@@ -366,12 +366,12 @@ def test_a_safetensors_header_that_lies(tmp_path, lie):
 
 @pytest.mark.parametrize("setting", ["n_layer", "n_embd", "vocab_size", "n_positions"])
 def test_a_config_that_claims_too_much_allocates_nothing(tmp_path, setting):
-    convert.write_directory(tmp_path / "model", random_model(), 0, lambda n: None)
+    hugging_face.write(tmp_path / "model", random_model())
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config[setting] = 3 * 10**9
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="3000000000"):
-        convert.read(tmp_path / "model")
+        sources.read_model(tmp_path / "model")
 
 
 def test_llmc_headers_that_claim_too_much(tmp_path):
@@ -383,7 +383,7 @@ def test_llmc_headers_that_claim_too_much(tmp_path):
             lie[4 * field : 4 * field + 4] = struct.pack("<i", value)
             (tmp_path / "lie.bin").write_bytes(lie)
             with pytest.raises(ValueError, match=r"lie\.bin"):
-                convert.read(tmp_path / "lie.bin")
+                sources.read_model(tmp_path / "lie.bin")
 
 
 SOURCES = {
@@ -405,7 +405,7 @@ def test_damaged_files_are_refused_or_read(tmp_path, kind, data):
     path = tmp_path / f"damaged.{kind}"
     path.write_bytes(content)
     try:
-        for tensor in convert.read(path, n_head=2).tensors.values():
+        for tensor in sources.read_model(path, n_head=2).tensors.values():
             tensor.read()
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
@@ -474,8 +474,8 @@ def test_nanogpt_computes_the_same(tmp_path, shape, prefix, zipped):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     content, model, _ = nanogpt_checkpoint(torch, shape, prefix=prefix)
     torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=zipped)
-    source = convert.read(tmp_path / "ckpt.pt")
-    convert.write_directory(tmp_path / "model", source, 0, lambda n: None)
+    source = sources.read_model(tmp_path / "ckpt.pt")
+    hugging_face.write(tmp_path / "model", source)
     ids = np.random.default_rng(0).integers(0, shape["vocab_size"], (2, shape["block_size"]))
     theirs = model(torch.tensor(ids)).detach().numpy()
     assert np.abs(theirs).max() > 1
@@ -569,8 +569,8 @@ def test_training_goes_on_where_pytorch_stopped(tmp_path):
     torch.save(content, tmp_path / "ckpt.pt")
     directory = converted(tmp_path / "ckpt.pt", tmp_path / "model")
     config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=0.0, decay_lr=False,
-                         warmup_iters=0, model=checkpoint.load_config(directory))  # fmt: skip
-    trainer = training.Trainer(checkpoint.load_model(directory), config)
+                         warmup_iters=0, model=model_directory.load_config(directory))  # fmt: skip
+    trainer = training.Trainer(model_directory.load_model(directory), config)
     training_state.load_training_state(directory, trainer.model, trainer.optimizer)
     for seed in range(5):
         x, y = np.random.default_rng(seed).integers(0, shape["vocab_size"], (2, 3, shape["block_size"]), np.int32)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import convert as convert_weights
+from mlxgpt import convert
 from mlxgpt.cpu import extension
 from mlxgpt.data.tokenizer import CharTokenizer
-from mlxgpt.formats import foreign as convert
-from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import training_state
+from mlxgpt.formats import adapters, model_directory, sources, training_state
 from mlxgpt.generation import sampling
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.model import lora, ops
@@ -46,15 +44,15 @@ def path(request, switch_off_kernels):
 def base(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("lora") / "base"
     mx.random.seed(3)
-    checkpoint.save_model(directory, GPT(SHAPE), TOKENIZER)
+    model_directory.save_model(directory, GPT(SHAPE), TOKENIZER)
     return directory
 
 
 def adapted(base: Path, targets: str = ALL, random: bool = False, rank: int = 4, alpha: float | None = None) -> GPT:
     """A model with adapters; with `random` such that already correct something."""
-    model = checkpoint.load_model(base)
+    model = model_directory.load_model(base)
     mx.random.seed(1)
-    lora.add(model, lora.LoRA.of(rank, alpha, targets, base))
+    lora.add(model, adapters.new(rank, alpha, targets, base))
     if random:
         b = {n: mx.random.normal(p.shape, scale=0.1) for n, p in model.trainable_weights().items() if "lora_B" in n}
         model.update(tree_unflatten(list(b.items())))
@@ -78,9 +76,9 @@ def train(model: GPT, n: int = 12, **options) -> tuple[Trainer, list[float]]:
 
 
 def test_it_starts_as_the_base_to_the_bit(path, base):
-    model = checkpoint.load_model(base)
+    model = model_directory.load_model(base)
     expected = np.array(model(X))
-    lora.add(model, lora.LoRA.of(3, 16.0, ALL, base))
+    lora.add(model, adapters.new(3, 16.0, ALL, base))
     np.testing.assert_array_equal(np.array(model(X)), expected)
     assert set(model.trainable_weights()) == {
         f"h.{n}.{layer}.{part}" for n in range(2) for layer in lora.LAYERS for part in ("lora_A", "lora_B")
@@ -162,7 +160,7 @@ def test_merged_logits_are_the_unmerged(path, base):
     model = adapted(base, random=True, rank=2, alpha=3.0)
     model.eval()
     before = np.array(model(X))
-    assert np.abs(before - np.array(checkpoint.load_model(base)(X))).max() > 0.01
+    assert np.abs(before - np.array(model_directory.load_model(base)(X))).max() > 0.01
     lora.merge(model)
     assert np.abs(np.array(model(X)) - before).max() < 1e-5
     assert model.lora is None
@@ -199,9 +197,9 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_goes_on(path, base, 
     ]  # fmt: skip
     expected = [trainer.step([BATCH]).item() for _ in range(3)]
 
-    other = checkpoint.load_base(tmp_path / "last")
-    lora.add(other, lora.read(tmp_path / "last"))
-    checkpoint.load_adapters(tmp_path / "last", other)
+    other = model_directory.load_base(tmp_path / "last")
+    lora.add(other, adapters.read(tmp_path / "last"))
+    adapters.load(tmp_path / "last", other)
     for name, p in other.named_weights().items():
         np.testing.assert_array_equal(np.array(p), saved[name], err_msg=name)
     goes_on = Trainer(other, TrainConfig(learning_rate=1e-2, warmup_iters=0, model=SHAPE))
@@ -213,70 +211,70 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_goes_on(path, base, 
 
 def test_saving_a_whole_model_over_adapters_leaves_none(base, tmp_path):
     model = adapted(base, random=True)
-    checkpoint.save_model(tmp_path / "m", model)
+    model_directory.save_model(tmp_path / "m", model)
     lora.merge(model)
-    checkpoint.save_model(tmp_path / "m", model)
+    model_directory.save_model(tmp_path / "m", model)
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_directory_of_adapters_is_opened_merged_and_cropped(base, tmp_path):
-    start = convert.start(base)
+    start = sources.open_model(base)
     assert (start.config, start.tokenizer.vocab_size, start.directory) == (SHAPE, 30, base)
     config = GPTConfig(**{**vars(SHAPE), "block_size": 8, "dropout": 0.1})
     model = GPT(config)
     weights = start.load().named_weights()
     weights["wpe.weight"] = weights["wpe.weight"][:8]
     model.update(tree_unflatten(list(weights.items())))
-    lora.add(model, lora.LoRA.of(4, None, ALL, start.directory))
+    lora.add(model, adapters.new(4, None, ALL, start.directory))
     train_batch = tuple(a[:, :8] for a in BATCH)
     Trainer(model, TrainConfig(learning_rate=1e-2, warmup_iters=0, model=config)).step([train_batch])
     model.eval()
     expected = np.array(model(X[:, :8]))
-    checkpoint.save_model(tmp_path / "run" / "best", model, TOKENIZER)
+    model_directory.save_model(tmp_path / "run" / "best", model, TOKENIZER)
     for dtype in (mx.float32, None):  # training's and generation's
-        opened = checkpoint.load_model(tmp_path / "run" / "best", dtype)
+        opened = model_directory.load_model(tmp_path / "run" / "best", dtype)
         assert opened.config == config
         assert np.abs(np.array(opened(X[:, :8])) - expected).max() < 1e-5
-    half = checkpoint.load_model(tmp_path / "run" / "best", mx.float16)
+    half = model_directory.load_model(tmp_path / "run" / "best", mx.float16)
     assert {p.dtype for p in half.named_weights().values()} == {mx.float16}
 
-    convert_weights.main([str(tmp_path / "run" / "best"), str(tmp_path / "merged")])
-    assert not lora.is_in(tmp_path / "merged")
-    merged = checkpoint.load_model(tmp_path / "merged")
+    convert.main([str(tmp_path / "run" / "best"), str(tmp_path / "merged")])
+    assert not adapters.is_in(tmp_path / "merged")
+    merged = model_directory.load_model(tmp_path / "merged")
     assert np.abs(np.array(merged(X[:, :8])) - expected).max() < 1e-5
-    again = convert.start(tmp_path / "run")  # adapters are something to start from, merged
+    again = sources.open_model(tmp_path / "run")  # adapters are something to start from, merged
     assert np.abs(np.array(again.load()(X[:, :8])) - expected).max() < 1e-5
 
 
 def test_a_base_that_is_gone_or_another_is_named(base, tmp_path):
     ours, directory = tmp_path / "base", tmp_path / "adapter"
-    checkpoint.save_model(ours, checkpoint.load_model(base), TOKENIZER)
-    checkpoint.save_model(directory, adapted(ours), TOKENIZER)
-    checkpoint.load_model(directory)
+    model_directory.save_model(ours, model_directory.load_model(base), TOKENIZER)
+    model_directory.save_model(directory, adapted(ours), TOKENIZER)
+    model_directory.load_model(directory)
     changed = GPT(SHAPE)
-    checkpoint.save_model(ours, changed, TOKENIZER)
-    for opened in (checkpoint.load_model, convert.read):
+    model_directory.save_model(ours, changed, TOKENIZER)
+    for opened in (model_directory.load_model, sources.read_model):
         with pytest.raises(ValueError, match=rf"adapter: its base {ours} has changed since: model.safetensors is"):
             opened(directory)
     ours.rename(tmp_path / "elsewhere")
-    for opened in (checkpoint.load_model, convert.read):
+    for opened in (model_directory.load_model, sources.read_model):
         with pytest.raises(FileNotFoundError, match=rf"adapter: its base, the model directory {ours}, is not there"):
             opened(directory)
 
 
 def test_adapters_of_another_shape_are_listed(base, tmp_path):
-    checkpoint.save_model(tmp_path / "a", adapted(base, "mlp.c_fc"))
+    model_directory.save_model(tmp_path / "a", adapted(base, "mlp.c_fc"))
     with pytest.raises(ValueError, match=r"missing base_model.*attn.c_proj.lora_A.weight; .*unknown .*mlp.c_fc"):
-        checkpoint.load_adapters(tmp_path / "a", adapted(base, "attn.c_proj"))
+        adapters.load(tmp_path / "a", adapted(base, "attn.c_proj"))
     with pytest.raises(ValueError, match=r"h.0.mlp.c_fc.lora_A.weight is \(4, 32\), expected \(2, 32\)"):
-        checkpoint.load_adapters(tmp_path / "a", adapted(base, "mlp.c_fc", rank=2))
+        adapters.load(tmp_path / "a", adapted(base, "mlp.c_fc", rank=2))
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         ("{", "not JSON"),
-        ("[]", "not an object of settings"),
+        ("[]", "it holds a JSON list, expected an object"),
         ({"peft_type": "IA3"}, "not the configuration of a LoRA adapter"),
         ({"use_dora": True}, "use_dora is True, expected False"),
         ({"r": None}, "r, lora_alpha or target_modules is missing"),
@@ -286,13 +284,13 @@ def test_adapters_of_another_shape_are_listed(base, tmp_path):
     ],
 )
 def test_a_bad_adapter_config_is_named(base, tmp_path, content, message):
-    checkpoint.save_model(tmp_path / "a", adapted(base))
-    file = tmp_path / "a" / lora.CONFIG
+    model_directory.save_model(tmp_path / "a", adapted(base))
+    file = tmp_path / "a" / adapters.CONFIG
     if isinstance(content, dict):
         content = json.dumps({**json.loads(file.read_text()), **content})
     file.write_text(content)
     with pytest.raises(ValueError, match=f"^{file}: {message}"):
-        checkpoint.load_model(tmp_path / "a")
+        model_directory.load_model(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -305,29 +303,29 @@ def test_a_bad_adapter_config_is_named(base, tmp_path, content, message):
 )
 def test_bad_settings_are_named(base, settings, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        lora.LoRA.of(*settings, base)
+        adapters.new(*settings, base)
     with pytest.raises(ValueError, match=r"^lora_rank is 4, expected 0 unless init_from is a model directory"):
-        lora.LoRA.of(*settings, None)
+        adapters.new(*settings, None)
 
 
 def test_training_starts_from_nanogpts_file_as_it_does_from_the_converted(base, tmp_path):
     exact = GPTConfig(**{**vars(SHAPE), "activation": "gelu"})
     model = GPT(exact)
     model.eval()
-    checkpoint.save_model(tmp_path / "model", model, TOKENIZER)
-    convert_weights.main([str(tmp_path / "model"), str(tmp_path / "out"), "--to", "nanogpt"])
+    model_directory.save_model(tmp_path / "model", model, TOKENIZER)
+    convert.main([str(tmp_path / "model"), str(tmp_path / "out"), "--to", "nanogpt"])
     for source in (tmp_path / "out" / "ckpt.pt", tmp_path / "out"):
-        start = convert.start(source)
+        start = sources.open_model(source)
         assert (start.config, start.directory) == (exact, None)
         assert start.tokenizer.characters == TOKENIZER.characters
         np.testing.assert_array_equal(np.array(start.load()(X)), np.array(model(X)))
     (tmp_path / "out" / "meta.pkl").unlink()
     with pytest.raises(ValueError, match=r"^init_from: .*ckpt.pt comes without a tokenizer: put nanoGPT's meta.pkl"):
-        convert.start(tmp_path / "out" / "ckpt.pt")
+        sources.open_model(tmp_path / "out" / "ckpt.pt")
     with pytest.raises(FileNotFoundError, match=r"^init_from: there is no file or directory .*nothing.pt"):
-        convert.start(tmp_path / "nothing.pt")
+        sources.open_model(tmp_path / "nothing.pt")
     with pytest.raises(FileNotFoundError, match=r"^init_from: .* is not a model directory: it has no config.json"):
-        convert.start(tmp_path)
+        sources.open_model(tmp_path)
 
 
 def test_transformers_opens_the_merged_model(base, tmp_path):
@@ -335,8 +333,8 @@ def test_transformers_opens_the_merged_model(base, tmp_path):
     torch = pytest.importorskip("torch")
     model = adapted(base, random=True)
     model.eval()
-    checkpoint.save_model(tmp_path / "a", model, TOKENIZER)
-    convert_weights.main([str(tmp_path / "a"), str(tmp_path / "merged")])
+    model_directory.save_model(tmp_path / "a", model, TOKENIZER)
+    convert.main([str(tmp_path / "a"), str(tmp_path / "merged")])
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         logits = theirs(torch.tensor(BATCH[0]).long()).logits.numpy()
@@ -350,8 +348,8 @@ def test_peft_opens_an_adapter(base, tmp_path):
     torch = pytest.importorskip("torch")
     model = adapted(base, random=True, alpha=3.0)
     model.eval()
-    checkpoint.save_model(tmp_path / "a", model, TOKENIZER)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(lora.read(tmp_path / "a").base)
+    model_directory.save_model(tmp_path / "a", model, TOKENIZER)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(adapters.read(tmp_path / "a").base)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
     with torch.no_grad():
         logits = theirs(torch.tensor(BATCH[0]).long()).logits.numpy()

@@ -12,9 +12,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxgpt.cpu import extension
 from mlxgpt.cpu import operations as kernels
-from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import training_state
+from mlxgpt.formats import nanogpt, sources, training_state
 from mlxgpt.model import ops
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
@@ -276,6 +275,6 @@ def test_training_with_frozen_parameters_goes_on_from_its_files(tmp_path, on_ker
     with pytest.raises(ValueError, match=r"optimizer.safetensors: missing m.wte.weight; .*missing m.h.1"):
         everything = trainer()
         training_state.load_training_state(tmp_path / "last", everything.model, everything.optimizer)
-    source = convert.read(tmp_path / "last")  # the converter takes them along, and nanoGPT's optimizer the same
-    numbers = convert.nanogpt_content(source)["optimizer"]["state"]
+    source = sources.read_model(tmp_path / "last")  # the converter takes them along, and nanoGPT's optimizer the same
+    numbers = nanogpt.checkpoint_of(source)["optimizer"]["state"]
     assert len(numbers) == len(source.averages) / 2 == 28 - 14
