@@ -18,41 +18,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from random_models import TINY, random_gpt, rewrite
 
 from mlxgpt.cpu import extension
 from mlxgpt.data import tokenizer
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
-from mlxgpt.formats import gpt2, mlx_arrays, model_directory, quantized
+from mlxgpt.formats import mlx_arrays, model_directory
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
-TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 CHARS = CharTokenizer("abcdefghijk")
-
-
-def random_model(config: GPTConfig = TINY) -> GPT:
-    """With no zeros and ones left, so that a swapped or forgotten tensor shows."""
-    model = GPT(config)
-    for name, p in tree_flatten(model.parameters()):
-        if p.ndim == 1:
-            module = model
-            *path, leaf = name.split(".")
-            for part in path:
-                module = module[int(part)] if part.isdigit() else module[part]
-            module[leaf] = p + mx.random.normal(p.shape)
-    return model
-
-
-def rewrite(directory: Path, change) -> None:
-    weights = mx.load(str(directory / "model.safetensors"))
-    mx.eval(weights)
-    change(weights)
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "pt"})
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    model_directory.save_model(tmp_path / "model", random_model(), CHARS)
+    model_directory.save_model(tmp_path / "model", random_gpt(), CHARS)
     return tmp_path / "model"
 
 
@@ -60,7 +40,7 @@ def saved(tmp_path) -> Path:
 @pytest.mark.parametrize(("activation", "tied_head"), [("gelu", True), ("gelu_new", True), ("gelu", False)])
 def test_there_and_back_to_the_bit(tmp_path, bias, activation, tied_head):
     config = replace(TINY, bias=bias, activation=activation, tied_head=tied_head)
-    model = random_model(config)
+    model = random_gpt(config)
     model_directory.save_model(tmp_path / "m", model, CHARS)
     again = model_directory.load_model(tmp_path / "m")
     assert again.config == config
@@ -94,7 +74,7 @@ def test_a_directory_made_by_transformers_gives_its_logits():
 
 
 def test_models_without_biases_are_written_with_zero_ones(tmp_path):
-    model = random_model(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=False))
+    model = random_gpt(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=False))
     model_directory.save_model(tmp_path / "m", model)
     weights = mx.load(str(tmp_path / "m" / "model.safetensors"))
     for name, size in {"ln_f.bias": 8, "h.0.attn.c_attn.bias": 24, "h.0.mlp.c_proj.bias": 8}.items():
@@ -104,10 +84,10 @@ def test_models_without_biases_are_written_with_zero_ones(tmp_path):
 
 
 def test_saving_again_replaces_the_weights(saved):
-    model = random_model()
+    model = random_gpt()
     model_directory.save_model(saved, model, CHARS)
     assert mx.array_equal(model_directory.load_model(saved).wte.weight, model.wte.weight).item()
-    other = random_model(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
+    other = random_gpt(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
     model_directory.save_model(saved, other, BPETokenizer.gpt2())
     assert model_directory.load_model(saved).config == other.config
     assert tokenizer.load(saved).vocab_size == 50257
@@ -122,7 +102,7 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch, same_shape):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    model = random_model(TINY if same_shape else GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    model = random_gpt(TINY if same_shape else GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
     with pytest.raises(OSError, match="No space left"):
         model_directory.save_model(saved, model, CHARS)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
@@ -135,9 +115,9 @@ def test_a_full_disk_leaves_the_old_model(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(OSError, match="model: the model can't be written"):
-            model_directory.save_model(saved, random_model(), CHARS)
+            model_directory.save_model(saved, random_gpt(), CHARS)
         with pytest.raises(OSError):
-            model_directory.save_model(saved.with_name("new"), random_model(), CHARS)
+            model_directory.save_model(saved.with_name("new"), random_gpt(), CHARS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
@@ -235,67 +215,6 @@ def test_mlx_has_let_go_of_what_it_read_from(monkeypatch):
             assert files.pop()() is None
     finally:
         sys.setswitchinterval(interval)
-
-
-WIDE = replace(TINY, n_embd=96)  # of which only mlp.c_proj's rows, 384 long, are a multiple of 64
-
-
-def save_quantized(directory: Path, model: GPT, bits: int, group_size: int = 64) -> Path:
-    directory.mkdir()
-    quantization = {"group_size": group_size, "bits": bits}
-    (directory / "config.json").write_bytes(gpt2.config_json(model.config, quantization=quantization))
-    weights = model_directory.with_zero_biases(model.named_weights(), model.config)
-    mx.save_safetensors(str(directory / "model.safetensors"), quantized.quantize(weights, bits, group_size))
-    return directory
-
-
-@pytest.mark.parametrize("options", [{}, dict(bias=False), dict(tied_head=False)])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32)])
-def test_quantized_weights_are_scale_times_number_plus_bias(tmp_path, bits, group_size, options):
-    model = random_model(replace(WIDE, **options))
-    directory = save_quantized(tmp_path / "q", model, bits, group_size)
-    file = {name: np.array(t) for name, t in mx.load(str(directory / "model.safetensors")).items()}
-    ours, original = model_directory.load_model(directory).named_weights(), model.named_weights()
-    assert ours.keys() == original.keys()
-    packed = []
-    for name, p in ours.items():
-        their_name = name if name == "lm_head.weight" else f"model.{name}"
-        module = their_name.removesuffix(".weight")
-        if f"{module}.scales" not in file:
-            assert np.array_equal(np.array(p), file[their_name]), name
-            continue
-        packed.append(name)
-        words, scales, biases = (file[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
-        numbers = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)  # lowest bits first
-        numbers = numbers.reshape(len(words), -1, group_size)  # (n_out, n_in / group_size, group_size)
-        expected = (scales[..., None] * numbers + biases[..., None]).reshape(p.shape)
-        assert np.abs(np.array(p) - expected).max() < 1e-6, name
-        assert np.abs(np.array(p - original[name])).max() < (0.02 if bits == 4 else 0.002), name
-    matrices = [name for name, p in original.items() if p.ndim == 2]
-    assert packed == (matrices if group_size == 32 else ["h.0.mlp.c_proj.weight", "h.1.mlp.c_proj.weight"])
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        ("scales", None, "unknown h.0.mlp.c_proj.biases"),
-        ("biases", None, "of h.0.mlp.c_proj's weight, scales and biases one is missing"),
-        ("biases", mx.zeros((96, 7)), r"h.0.mlp.c_proj can't be dequantized: scales are \(96, 6\), but"),
-        ("weight", mx.zeros((96, 47), mx.uint32), r"h.0.mlp.c_proj can't be dequantized: "),
-        ("weight", mx.zeros((96, 48)), r"h.0.mlp.c_proj can't be dequantized: "),
-        ("scales", mx.full((96, 6), np.inf), "h.0.mlp.c_proj.weight holds a value that is not finite"),
-    ],
-)
-def test_quantized_tensors_that_do_not_fit_are_named(tmp_path, name, tensor, message):
-    def change(weights):
-        weights[f"model.h.0.mlp.c_proj.{name}"] = tensor
-        if tensor is None:
-            del weights[f"model.h.0.mlp.c_proj.{name}"]
-
-    directory = save_quantized(tmp_path / "q", random_model(WIDE), 4)
-    rewrite(directory, change)
-    with pytest.raises(ValueError, match=message):
-        model_directory.load_model(directory)
 
 
 def test_numbers_that_are_no_floats_are_refused(saved):
