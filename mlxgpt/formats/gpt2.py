@@ -7,7 +7,7 @@ and llm.c's files they are (n_out, n_in).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..common import disk
 from ..common.settings import from_dict
 from ..data.tokenizer import Tokenizer
 from ..model.config import GPTConfig
-from .tensors import Tensor, equal, is_zero
+from .tensors import Tensor, equal, is_zero, transposed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # in a model directory
 FORMAT = 1  # of the object `mlxgpt` in config.json
@@ -51,10 +51,16 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def file_name(name: str, config: GPTConfig) -> str:
-    """A parameter's name in a model directory. transformers 4 takes a head of its own only beside names with the
-    prefix."""
-    return name if config.tied_head or name == "lm_head.weight" else f"transformer.{name}"
+def linear_transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters with linear weights transposed: from Hugging Face's layout to this package's, or back."""
+    return {name: transposed(tensor) if is_conv1d(name) else tensor for name, tensor in tensors.items()}
+
+
+def to_hugging_face(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Parameters by the names and in the layout of a model directory."""
+    # transformers 4 takes a head of its own only beside names with the prefix
+    names = {name: name if config.tied_head or name == "lm_head.weight" else f"transformer.{name}" for name in tensors}
+    return {names[name]: tensor for name, tensor in linear_transposed(tensors).items()}
 
 
 def missing_biases(names: Iterable[str], config: GPTConfig) -> dict[str, str]:
@@ -100,14 +106,12 @@ def check_model(
     config: GPTConfig,
     source: object,
     dtypes: Sequence[str] | None = None,
-    is_transposed: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Checks that tensors are the parameters of a model. ValueError as from check_tensors."""
+    """Checks that tensors are the parameters of a model, in this package's layout. ValueError as from check_tensors."""
     layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
     if len(layers) < config.n_layer:  # before so many are listed
         raise ValueError(f"{source}: {len(layers)} layers, its config says {config.n_layer}")
-    expected = {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes(config).items()}
-    check_tensors(tensors, expected, source, dtypes)
+    check_tensors(tensors, shapes(config), source, dtypes)
 
 
 def check_tensors(

@@ -17,7 +17,7 @@ from ..model.config import GPTConfig
 from . import gpt2, nanogpt, safetensors_file, torch_file, training_state
 from .foreign import ForeignModel, checked, parameters, read_tokenizer_files
 from .quantized import GROUP_SIZE, quantized_tensors
-from .tensors import Tensor, cast, transposed
+from .tensors import Tensor, cast
 
 NANOGPT = "nanogpt.json"  # in a model directory: what a ckpt.pt said that nothing else there says
 
@@ -77,7 +77,7 @@ def _read(files: list[tuple[Path, Any]], meta: Path | None, n_head: int) -> Fore
         config, note = _config_of(tensors, n_head, path, "gelu_new" if conv1d else "gelu")
         notes.append(f"there is no config.json: {note}")
     if conv1d:
-        tensors = {name: transposed(t) if gpt2.is_conv1d(name) else t for name, t in tensors.items()}
+        tensors = gpt2.linear_transposed(tensors)
     for name in gpt2.zero_biases(tensors, config):
         left_out[name] = "zeros that stand for no bias"
         del tensors[name]
@@ -161,10 +161,7 @@ def _add_training_state(model: ForeignModel, directory: Path) -> None:
 
 def tensors_of(model: ForeignModel) -> dict[str, Tensor]:
     """A model's tensors by Hugging Face's names, in Conv1D's layout, with zeros for biases that aren't there."""
-    return {
-        gpt2.file_name(name, model.config): transposed(t) if gpt2.is_conv1d(name) else t
-        for name, t in model.with_zero_biases().items()
-    }
+    return gpt2.to_hugging_face(model.with_zero_biases(), model.config)
 
 
 def write(directory: Path, model: ForeignModel, bits: int = 0, done: Callable[[int], None] = lambda n: None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +39,20 @@ def to_numpy(array: mx.array) -> np.ndarray:
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
-def as_tensors(
-    arrays: Mapping[str, mx.array], is_transposed: Callable[[str], bool] = lambda name: False
-) -> dict[str, Tensor]:
-    """Arrays as tensors in the arrays' own memory, transposed those of names for which that is said. The arrays are
-    evaluated, so that any thread may read them."""
+def as_tensors(arrays: Mapping[str, mx.array]) -> dict[str, Tensor]:
+    """Arrays as tensors in the arrays' own memory. The arrays are evaluated, so that any thread may read them."""
     readable = {name: a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for name, a in arrays.items()}
     mx.eval(readable)
-    tensors = {}
-    for name, a in readable.items():
-        x = np.array(a, copy=False).T if is_transposed(name) else np.array(a, copy=False)
-        tensors[name] = Tensor(dtype_name(arrays[name]), x.shape, x.view)
-    return tensors
+    views = {name: np.array(a, copy=False) for name, a in readable.items()}
+    return {name: Tensor(dtype_name(arrays[name]), x.shape, x.view) for name, x in views.items()}
 
 
 def load_arrays(
     tensors: Mapping[str, Tensor],
     path: Path,
     dtype: mx.Dtype | None = mx.float32,
-    is_transposed: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, mx.array]:
-    """Tensors as arrays, transposed those of names for which that is said; each is read, checked and written once.
+    """Tensors as arrays; each is read, checked and copied once.
 
     The arrays are of one floating-point type. If that is None they keep half precision, but on the CPU's kernels
     vectors and positions are float32. ValueError, with the path, names a tensor with a value that is not finite.
@@ -71,17 +64,16 @@ def load_arrays(
         return tensor.dtype in halves and (is_matrix or dtype is not None or not extension.is_used())
 
     types = {name: t.dtype if stays(name, t) else "float32" for name, t in tensors.items()}
-    shapes = {name: t.shape[::-1] if is_transposed(name) else t.shape for name, t in tensors.items()}
     on_cpu = mx.default_device().type == mx.cpu  # where the memory of an array that nobody else holds may be written to
-    arrays = uninitialized({name: (types[name], shape) for name, shape in shapes.items()}) if on_cpu else {}
+    arrays = uninitialized({name: (types[name], t.shape) for name, t in tensors.items()}) if on_cpu else {}
     # The largest first: while it is read, its file's pages take memory too, and the copies of the others none yet.
     for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
         x, is_bfloat16 = tensors[name].read(), types[name] == "bfloat16"
         if on_cpu:
             out = np.array(arrays[name].view(mx.uint16) if is_bfloat16 else arrays[name], copy=False)
         else:
-            out = np.empty(shapes[name], "uint16" if is_bfloat16 else types[name])
-        if not operations.copy(x.T if is_transposed(name) else x, out):
+            out = np.empty(x.shape, "uint16" if is_bfloat16 else types[name])
+        if not operations.copy(x, out):
             raise ValueError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
         if not on_cpu:
             arrays[name] = mx.array(out).view(mx.bfloat16) if is_bfloat16 else mx.array(out)

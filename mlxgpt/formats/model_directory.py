@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -58,8 +57,7 @@ def weights_file(model: GPT) -> tuple[str, dict[str, Tensor]]:
     if model.lora is not None:
         return adapters.WEIGHTS, as_tensors(adapters.tensors(model))
     weights = with_zero_biases(model.named_weights(), model.config)
-    tensors = as_tensors(weights, gpt2.is_conv1d)
-    return gpt2.WEIGHTS, {gpt2.file_name(name, model.config): t for name, t in tensors.items()}
+    return gpt2.WEIGHTS, gpt2.to_hugging_face(as_tensors(weights), model.config)
 
 
 def with_zero_biases(weights: Mapping[str, mx.array], config: GPTConfig) -> dict[str, mx.array]:
@@ -105,46 +103,40 @@ def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     if adapters.is_in(directory):
         return _load_merged(directory, dtype)
     config, path = gpt2.read_config(directory), directory / gpt2.WEIGHTS
-    found = safetensors_file.read(path)
-    is_mlx_lms = any(name.startswith("model.") for name in found)  # which keeps linear weights as this package does
-    tensors, _ = gpt2.parameters_by_name(found, path)
-    tensors, quantized = _unpacked(tensors, config.quantization, path)
-    _drop_what_is_no_parameter(tensors, config.model, path)
-    is_transposed = gpt2.is_conv1d if not is_mlx_lms else _never
-    gpt2.check_model(tensors, config.model, path, is_transposed=is_transposed)
-
+    tensors, quantized = _read_parameters(path, config)
+    gpt2.check_model(tensors, config.model, path)
     model = GPT(config.model)
-    if dtype is None and is_mlx_lms and extension.computes_quantized(config.quantization.get("bits", 0)):
+    if dtype is None and extension.computes_quantized(config.quantization.get("bits", 0)):
         for name in [name for name in quantized if name in tensors and name != "wpe.weight"]:
-            del tensors[name]
             fill_quantized(model, name, quantized[name], config.quantization["group_size"], path)
-    weights = load_arrays(tensors, path, dtype, is_transposed)
+            del tensors[name]
+    weights = load_arrays(tensors, path, dtype)
     if dtype is None and "wpe.weight" in quantized and not extension.is_used():  # float32 would make all of it float32
         weights["wpe.weight"] = weights["wpe.weight"].astype(mlx_dtype(quantized["wpe.weight"][1].dtype))
     return fill(model, weights)
 
 
-def _unpacked(
-    tensors: dict[str, Tensor], quantization: Mapping[str, Any], path: Path
-) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
-    """The tensors with quantized matrices in float32, and the parts of each of these. ValueError."""
-    if not quantization:
-        return tensors, {}
-    return dequantized(tensors, quantization["bits"], quantization["group_size"], path)
+def _read_parameters(path: Path, config: gpt2.ConfigJson) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
+    """The parameters in a model.safetensors by GPT-2's names and in this package's layout, quantized matrices in
+    float32; and the parts of each quantized matrix.
 
-
-def _drop_what_is_no_parameter(tensors: dict[str, Tensor], config: GPTConfig, path: Path) -> None:
-    """Removes a tied head, and the zeros for biases that a model hasn't. ValueError for a head that is not tied."""
-    if config.tied_head and "lm_head.weight" in tensors:
+    FileNotFoundError; ValueError for parts that don't fit, and for a head that is not tied.
+    """
+    found = safetensors_file.read(path)
+    tensors, _ = gpt2.parameters_by_name(found, path)
+    quantized: dict[str, tuple[Tensor, ...]] = {}
+    if config.quantization:
+        bits, group_size = config.quantization["bits"], config.quantization["group_size"]
+        tensors, quantized = dequantized(tensors, bits, group_size, path)
+    if config.model.tied_head and "lm_head.weight" in tensors:
         if not gpt2.is_head_tied(tensors):
             raise ValueError(f"{path}: lm_head.weight is not wte.weight, but tie_word_embeddings says that it is")
         del tensors["lm_head.weight"]
-    for name in gpt2.zero_biases(tensors, config):
+    for name in gpt2.zero_biases(tensors, config.model):
         del tensors[name]
-
-
-def _never(name: str) -> bool:
-    return False
+    if not any(name.startswith("model.") for name in found):  # mlx_lm's names come with this package's layout
+        tensors, quantized = gpt2.linear_transposed(tensors), {}
+    return tensors, quantized
 
 
 def _load_merged(directory: Path, dtype: mx.Dtype | None) -> GPT:
