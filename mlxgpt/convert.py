@@ -41,7 +41,7 @@ class ConvertConfig:
     dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
     """type of the weights; `same` keeps the source's"""
     block_size: int | None = None
-    """keep the first so many positions; unset, all"""
+    """number of positions to keep, from the first on; unset, all of them"""
     quantize: Literal[0, 4, 8] = 0
     """bits of a weight in quantized matrices, in groups of 64, as mlx_lm reads them; 0 does not quantize"""
     meta: str = ""

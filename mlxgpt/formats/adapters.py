@@ -33,9 +33,10 @@ _UNSUPPORTED: dict[str, Any] = {  # settings of PEFT that make it compute someth
 
 
 def new(rank: int, alpha: float | None, targets: str, base: Path | None) -> LoRA:
-    """Adapters for the model in a directory, of TrainConfig's lora_rank, lora_alpha and lora_targets.
+    """Describes adapters for the model in a directory, from TrainConfig's lora_rank, lora_alpha and lora_targets.
 
-    ValueError for settings that adapters can't have, and without a directory. FileNotFoundError.
+    ValueError for settings that adapters can't have, and without a directory; FileNotFoundError for a directory that
+    holds no model.
     """
     if base is None:
         rule = "expected 0 unless init_from is a model directory (scripts/convert_weights.py makes one)"
@@ -88,7 +89,7 @@ def is_in(directory: Path) -> bool:
 
 
 def read(directory: Path) -> LoRA:
-    """What the adapters in a directory are. ValueError, naming the file, for what is not an adapter of a GPT-2."""
+    """The description of the adapters in a directory. ValueError, naming the file, for what is not a GPT-2's."""
     path, content = directory / CONFIG, disk.read_json(directory / CONFIG)
     if content.get("peft_type") != "LORA":
         raise ValueError(f"{path}: not the configuration of a LoRA adapter")
@@ -134,7 +135,7 @@ def config_on_base(directory: Path, base: GPTConfig) -> GPTConfig:
 
 
 def load(directory: Path, model: GPT) -> None:
-    """Puts the adapters in a directory into a model that has such adapters, bit for bit.
+    """Puts the adapters in a directory, bit for bit, into a model that has adapters of their shapes.
 
     FileNotFoundError; ValueError that lists missing, unknown and misshapen tensors, or names one that holds a value
     that is not finite.

@@ -28,7 +28,7 @@ class ForeignModel:
     config: GPTConfig
     tensors: dict[str, Tensor]  # by GPT-2's names, linear weights (n_out, n_in), in the order of gpt2.shapes
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
-    tokenizer: Tokenizer | None = None  # if the reader made one; read_tokenizer makes it of the files
+    tokenizer: Tokenizer | None = None  # as the reader made it; else read_tokenizer makes it from the files
     left_out: dict[str, str] = field(default_factory=dict)  # tensors that are not taken along, and why
     notes: list[str] = field(default_factory=list)  # what a person should know
     averages: dict[str, Tensor] = field(default_factory=dict)  # AdamW's: m.<name>, v.<name>

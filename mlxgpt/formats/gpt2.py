@@ -109,7 +109,7 @@ def check_model(
 ) -> None:
     """Checks that tensors are the parameters of a model, in this package's layout. ValueError as from check_tensors."""
     layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
-    if len(layers) < config.n_layer:  # before so many are listed
+    if len(layers) < config.n_layer:  # a config may claim more than can be listed
         raise ValueError(f"{source}: {len(layers)} layers, its config says {config.n_layer}")
     check_tensors(tensors, shapes(config), source, dtypes)
 

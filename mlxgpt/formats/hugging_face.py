@@ -1,4 +1,5 @@
-"""Hugging Face's GPT-2 directories and weights files, read and written; model directories of this package are such.
+"""Hugging Face's GPT-2 directories and weights files, read and written. This package's model directories are such
+directories, with a few files more.
 
 Names are h.0.attn.c_attn.weight, with transformer. before them or without; linear weights are (n_in, n_out), as its
 module Conv1D keeps them; the activation is the tanh GELU. A file alone may also be a state dict in nanoGPT's layout.

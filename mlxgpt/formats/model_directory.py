@@ -28,8 +28,8 @@ from .tensors import Tensor
 
 
 def save_model(directory: Path, model: GPT, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a model directory, over one that is there. Until it is complete the old one stays as it was.
-    Of a model with adapters only these are written.
+    """Writes a model directory, in place of one that is there, which stays as it was until the new one is complete.
+    Of a model with adapters, only the adapters are written.
 
     OSError when the disk is full or can't be written.
     """
@@ -71,10 +71,10 @@ def with_zero_biases(weights: Mapping[str, mx.array], config: GPTConfig) -> dict
 
 
 def find_model(path: Path, setting: str = "model") -> Path:
-    """The model directory that a setting's path names: itself, or of a training run's directory the best model,
-    or the newest if none has been evaluated yet.
+    """The model directory that a setting's path names: the path itself, or in a training run's directory the best
+    model, or the newest if none has been evaluated yet.
 
-    FileNotFoundError if it is neither.
+    FileNotFoundError for a path that is neither.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{setting}: there is no directory {path}")
@@ -95,9 +95,9 @@ def load_config(directory: Path) -> GPTConfig:
 def load_model(directory: Path, dtype: mx.Dtype | None = mx.float32) -> GPT:
     """The model in a directory, ready for evaluation; adapters are merged with their base, in float32.
 
-    Its weights are of a floating-point type whatever the file holds, or if that is None as they lie in the file:
-    in half precision, or quantized. On the CPU's kernels vectors and positions are float32 all the same, and so are
-    matrices of a quantization that there is no kernel for. FileNotFoundError; ValueError that lists missing,
+    Its weights are converted to `dtype`. If that is None, they stay as the file has them, in half precision or
+    quantized; but on the CPU's kernels vectors and positions are float32, and so are matrices of a quantization that
+    there is no kernel for. FileNotFoundError; ValueError that lists missing,
     unknown and misshapen tensors, or names one that holds a value that is not finite.
     """
     if adapters.is_in(directory):
@@ -140,6 +140,7 @@ def _read_parameters(path: Path, config: gpt2.ConfigJson) -> tuple[dict[str, Ten
 
 
 def _load_merged(directory: Path, dtype: mx.Dtype | None) -> GPT:
+    """The model of a base and the adapters in a directory, merged in float32."""
     model = load_adapted(directory)
     lora.merge(model)
     if dtype is not None:

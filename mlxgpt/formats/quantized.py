@@ -42,7 +42,7 @@ def quantize(weights: Mapping[str, mx.array], bits: int, group_size: int = GROUP
 
 
 def quantized_tensors(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Like `quantize`, of tensors: each is read and quantized when the first of its parts is read."""
+    """What `quantize` makes, as tensors: a matrix is read and quantized when the first of its parts is read."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         tensors |= _quantized(name, tensor, bits)
@@ -50,7 +50,7 @@ def quantized_tensors(weights: Mapping[str, Tensor], bits: int) -> dict[str, Ten
 
 
 def _quantized(name: str, tensor: Tensor, bits: int) -> dict[str, Tensor]:
-    made: dict[str, np.ndarray] = {}  # the parts that have not been read yet
+    unread: dict[str, np.ndarray] = {}  # the parts that have not been read yet
 
     def make() -> None:
         parts: dict[str, list[np.ndarray]] = {}
@@ -59,13 +59,13 @@ def _quantized(name: str, tensor: Tensor, bits: int) -> dict[str, Tensor]:
             block = mx.array(to_float32(tensor.read()[rows], tensor.dtype)).astype(mlx_dtype(tensor.dtype))
             for part, array in quantize({name: block}, bits).items():
                 parts.setdefault(part, []).append(to_numpy(array))
-        made.update({part: np.concatenate(arrays) for part, arrays in parts.items()})
+        unread.update({part: np.concatenate(arrays) for part, arrays in parts.items()})
 
     def reader(part: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            if part not in made:
+            if part not in unread:
                 make()
-            return made.pop(part)
+            return unread.pop(part)
 
         return read
 

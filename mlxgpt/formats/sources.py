@@ -50,7 +50,7 @@ class ModelSource:
     config: GPTConfig
     tokenizer: Tokenizer
     load: Callable[[], GPT]  # float32, one copy of the weights, ready for evaluation
-    directory: Path | None  # the model directory that it is, or None: what adapters can be made for
+    directory: Path | None  # where it lies, if it is a model directory: adapters need one to refer to
 
 
 def open_model(path: Path, setting: str = "init_from") -> ModelSource:

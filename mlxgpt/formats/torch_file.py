@@ -28,7 +28,7 @@ from .tensors import Tensor, numpy_dtype
 
 # These bounds, with those of pickles.py, keep a hostile file to seconds and 500 MB.
 _MAX_DIRECTORY = 4 << 20  # bytes of a zip file's directory
-_MAX_INFLATED = 64 << 20, 20  # bytes that compressed storages may become: these, and so many times the file
+_MAX_INFLATED = 64 << 20, 20  # bytes that compressed storages may become, and what multiple of the file is added
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 

@@ -1,10 +1,10 @@
-"""Adapters: a correction of low rank to some linear layers, trained in the place of their weights.
+"""Adapters: corrections of low rank to some linear layers, trained instead of the layers' weights.
 
     y = W x + b + (alpha / rank) B A x,    A (rank, n_in), B (n_out, rank)
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685. A is drawn as
-the paper's own code draws it, B is zero, so that training starts from the model as it was. Every other parameter is
-frozen. Linear in model.py computes it.
+the paper's own code draws it, and B is zero, so that training starts from the model as it was. Every other parameter is
+frozen. Linear in gpt.py computes y; formats/adapters.py reads and writes adapters.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _PARTS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class LoRA:
-    """What a model's adapters are. ValueError for what they can't be."""
+    """A description of a model's adapters. ValueError for one that can't be."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]  # of LAYERS
-    base: Path | None = None  # the model directory that they correct, and the SHA-256 of the weights there
-    base_sha256: str = ""
+    base: Path | None = None  # the model directory that they correct
+    base_sha256: str = ""  # of the weights file there
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -47,7 +47,7 @@ class LoRA:
 
 
 def add(model: GPT, lora: LoRA) -> None:
-    """Gives a model adapters, A drawn from mx.random, and freezes all else."""
+    """Gives a model adapters, with A drawn from mx.random, and freezes every other parameter."""
     model.freeze()
     for layer in layers(model, lora).values():
         n_out, n_in = layer.weight.shape
@@ -60,7 +60,7 @@ def add(model: GPT, lora: LoRA) -> None:
 
 
 def merge(model: GPT) -> None:
-    """Adds the adapters to the weights, W + (alpha / rank) B A, and takes them off the model."""
+    """Adds the adapters to the weights, W + (alpha / rank) B A, and removes them from the model."""
     for layer in layers(model, model.lora).values():
         layer.weight = layer.weight + correction(layer)
         mx.eval(layer.weight)  # one layer's product is held at a time
@@ -76,7 +76,7 @@ def correction(layer: Linear) -> mx.array:
 
 
 def layers(model: GPT, lora: LoRA) -> dict[str, Any]:
-    """The linear layers that are corrected, by their names."""
+    """The linear layers that adapters correct, by their names."""
     modules = dict(model.named_modules())
     names = [f"h.{n}.{target}" for n in range(model.config.n_layer) for target in lora.targets]
     return {name: modules[name] for name in names}

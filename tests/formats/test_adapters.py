@@ -156,9 +156,9 @@ def test_transformers_opens_the_merged_model(base, tmp_path):
     model.eval()
     model_directory.save_model(tmp_path / "a", model, TOKENIZER)
     convert.main([str(tmp_path / "a"), str(tmp_path / "merged")])
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    opened = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        logits = theirs(torch.tensor(BATCH[0]).long()).logits.numpy()
+        logits = opened(torch.tensor(BATCH[0]).long()).logits.numpy()
     assert np.abs(logits - np.array(model(X))).max() < 1e-5
 
 
@@ -170,8 +170,8 @@ def test_peft_opens_an_adapter(base, tmp_path):
     model = adapted(random=True, alpha=3.0, base=base)
     model.eval()
     model_directory.save_model(tmp_path / "a", model, TOKENIZER)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(adapters.read(tmp_path / "a").base)
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    gpt2 = transformers.GPT2LMHeadModel.from_pretrained(adapters.read(tmp_path / "a").base)
+    opened = peft.PeftModel.from_pretrained(gpt2, tmp_path / "a").eval()
     with torch.no_grad():
-        logits = theirs(torch.tensor(BATCH[0]).long()).logits.numpy()
+        logits = opened(torch.tensor(BATCH[0]).long()).logits.numpy()
     assert np.abs(logits - np.array(model(X))).max() < 1e-5

@@ -45,10 +45,10 @@ def test_there_and_back_to_the_bit(tmp_path, bias, activation, tied_head):
     again = model_directory.load_model(tmp_path / "m")
     assert again.config == config
     assert tokenizer.load(tmp_path / "m").encode("cab").tolist() == [2, 0, 1]
-    theirs = dict(tree_flatten(again.parameters()))
+    found = dict(tree_flatten(again.parameters()))
     for name, p in tree_flatten(model.parameters()):
-        assert np.array_equal(np.array(p), np.array(theirs.pop(name))), name
-    assert not theirs
+        assert np.array_equal(np.array(p), np.array(found.pop(name))), name
+    assert not found
     assert not [p for p in tmp_path.iterdir() if p.name != "m"]
 
 

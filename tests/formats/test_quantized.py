@@ -33,14 +33,14 @@ def test_quantized_weights_are_scale_times_number_plus_bias(tmp_path, bits, grou
     model = random_gpt(replace(WIDE, **options))
     directory = save_quantized(tmp_path / "q", model, bits, group_size)
     file = {name: np.array(t) for name, t in mx.load(str(directory / "model.safetensors")).items()}
-    ours, original = model_directory.load_model(directory).named_weights(), model.named_weights()
-    assert ours.keys() == original.keys()
+    loaded, original = model_directory.load_model(directory).named_weights(), model.named_weights()
+    assert loaded.keys() == original.keys()
     packed = []
-    for name, p in ours.items():
-        their_name = name if name == "lm_head.weight" else f"model.{name}"
-        module = their_name.removesuffix(".weight")
+    for name, p in loaded.items():
+        file_name = name if name == "lm_head.weight" else f"model.{name}"
+        module = file_name.removesuffix(".weight")
         if f"{module}.scales" not in file:
-            assert np.array_equal(np.array(p), file[their_name]), name
+            assert np.array_equal(np.array(p), file[file_name]), name
             continue
         packed.append(name)
         words, scales, biases = (file[f"{module}.{part}"] for part in ("weight", "scales", "biases"))

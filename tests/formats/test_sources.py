@@ -30,18 +30,18 @@ CONFIGS = [
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_there_and_back_bit_for_bit(tmp_path, config, dtype):
     model = foreign_model(config, dtype)
-    hugging_face.write(tmp_path / "ours", model)
-    ours = sources.read_model(tmp_path / "ours")
-    assert ours.config == config
-    assert_same_bits(ours.tensors, model.tensors)
-    nanogpt.write(tmp_path / "nanogpt", ours)
+    hugging_face.write(tmp_path / "directory", model)
+    from_directory = sources.read_model(tmp_path / "directory")
+    assert from_directory.config == config
+    assert_same_bits(from_directory.tensors, model.tensors)
+    nanogpt.write(tmp_path / "nanogpt", from_directory)
     from_nanogpt = sources.read_model(tmp_path / "nanogpt")
     assert from_nanogpt.config == dataclasses.replace(config, activation="gelu")
     assert_same_bits(from_nanogpt.tensors, model.tensors)
     safetensors_file.write(tmp_path / "one.safetensors", hugging_face.tensors_of(from_nanogpt))
     assert_same_bits(
         safetensors_file.read(tmp_path / "one.safetensors"),
-        safetensors_file.read(tmp_path / "ours" / "model.safetensors"),
+        safetensors_file.read(tmp_path / "directory" / "model.safetensors"),
     )
 
 

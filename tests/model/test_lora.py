@@ -56,8 +56,8 @@ def test_gradients_are_those_of_the_merged_weights(cpu_backend, targets, trainin
         dW = layer.lora_scale * whole[f"{name}.weight"]
         expected = {"lora_A": np.array(layer.lora_B).T @ dW, "lora_B": dW @ np.array(layer.lora_A).T}
         for part, gradient in expected.items():
-            ours = found[f"{name}.{part}"]
-            assert np.abs(ours - gradient).max() <= 1e-5 * np.abs(gradient).max(), (name, part)
+            actual = found[f"{name}.{part}"]
+            assert np.abs(actual - gradient).max() <= 1e-5 * np.abs(gradient).max(), (name, part)
 
 
 def test_gradients_with_dropout_are_the_slope():
