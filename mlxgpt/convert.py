@@ -59,6 +59,7 @@ class ConvertConfig:
 
 
 def main(args: Sequence[str]) -> None:
+    """Runs the converter. cli.UsageError, ValueError and OSError in one line."""
     config = cli.parse(ConvertConfig, args, "convert_weights")
     source, destination = Path(config.source).expanduser(), Path(config.destination).expanduser()
     _require_replaceable(destination, config)
@@ -81,6 +82,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _write(path: Path, model: ForeignModel, config: ConvertConfig, name: str, done: Callable[[int], None]) -> None:
+    """Writes a model in the form that --to names; `done` is told of each tensor's bytes."""
     if config.to == "mlxgpt":
         hugging_face.write(path, model, config.quantize, done)
     elif config.to == "nanogpt":
@@ -97,10 +99,10 @@ def _require_replaceable(destination: Path, config: ConvertConfig) -> None:
         return
     if not config.force:
         raise ValueError(f"{destination} is there already: say --force to replace it")
-    written = (gpt2.CONFIG, nanogpt.CHECKPOINT)
+    products = (gpt2.CONFIG, nanogpt.CHECKPOINT)  # one of them lies in each directory that is written
     is_directory = config.to in ("mlxgpt", "nanogpt")
     if destination.is_dir() != is_directory or (
-        is_directory and any(destination.iterdir()) and not any((destination / name).exists() for name in written)
+        is_directory and any(destination.iterdir()) and not any((destination / name).exists() for name in products)
     ):
         raise ValueError(f"{destination} is not what --to {config.to} writes, and is not replaced")
 

@@ -47,7 +47,7 @@ def weights_files(directory: Path) -> list[Path]:
         index = directory / f"{name}.index.json"
         if index.is_file():
             shard_of = disk.read_json(index).get("weight_map")
-            if not isinstance(shard_of, dict):
+            if not isinstance(shard_of, dict) or not shard_of:
                 raise ValueError(f"{index}: not an index of shards: it has no weight_map")
             for shard in shard_of.values():
                 if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:

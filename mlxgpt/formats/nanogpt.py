@@ -23,7 +23,7 @@ from .foreign import ForeignModel, checked, parameters
 from .tensors import Tensor, reporting
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
-GPT2_VOCABULARY = (50257, 50304)  # as it is, and as nanoGPT and llm.c pad it to a multiple of 64
+_GPT2_VOCABULARY = (50257, 50304)  # its size, and what nanoGPT and llm.c pad it to, a multiple of 64
 _SETTINGS = (  # of nanoGPT's config, those that TrainConfig has under the same names
     "learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "decay_lr", "max_iters", "weight_decay", "beta1",
     "beta2", "grad_clip", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval",
@@ -115,7 +115,7 @@ def add_tokenizer(model: ForeignModel, directory: Path, meta: Path | None = None
         meta = directory / META
     if meta is not None:
         model.tokenizer = read_meta(meta, model.config.vocab_size)
-    elif model.config.vocab_size in GPT2_VOCABULARY:
+    elif model.config.vocab_size in _GPT2_VOCABULARY:
         model.tokenizer = BPETokenizer.gpt2()
     if model.tokenizer is not None:
         model.tokenizer_files = model.tokenizer.files()

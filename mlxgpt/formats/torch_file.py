@@ -80,7 +80,7 @@ class _File:
             yield stream
 
     def map(self, start: int, nbytes: int) -> np.ndarray:
-        """-> uint8 (nbytes,), read-only."""
+        """A part of the file, uint8 (nbytes,), read-only."""
         if nbytes == 0:
             return np.empty(0, np.uint8)
         with self.open() as stream:
@@ -111,7 +111,7 @@ class _BoundedFile(io.FileIO):
 
 
 class _Zip:
-    """The entries of a zip file. zipfile reads the directory; what it doesn't check is checked here."""
+    """The entries of a zip file. The module zipfile reads the directory; what it doesn't check is checked here."""
 
     def __init__(self, file: _File) -> None:
         self.file = file
@@ -129,11 +129,11 @@ class _Zip:
             raise ValueError(
                 f"{file.name}: the zip file's directory lies at {end}, its entries at {offsets[0]} to {offsets[-1]}"
             )
-        self.ends = dict(itertools.pairwise([*offsets, end]))  # where the next entry starts
+        self.ends = dict(itertools.pairwise([*offsets, end]))  # by the position of an entry, that of the next one
         found = [name for name in self.infos if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(found) != 1:
             raise ValueError(f"{file.name}: the zip file has {len(found)} entries DIR/data.pkl, expected one")
-        self.directory = found[0].removesuffix("data.pkl")  # "archive/", which all lies in
+        self.directory = found[0].removesuffix("data.pkl")  # such as "archive/": all entries lie in it
 
     def locate(self, name: str) -> tuple[zipfile.ZipInfo, int]:
         """Finds an entry -> what the directory says of it, and the position of its first byte.
@@ -151,7 +151,9 @@ class _Zip:
             local_name = stream.read(name_length)
         if (flags | info.flag_bits) & 1:
             self.refuse(name, "is encrypted")
-        unknown = (0, 0xFFFFFFFF) if flags & 8 else (0xFFFFFFFF,)  # told after the data, or in zip64's extra field
+        unknown = (
+            (0, 0xFFFFFFFF) if flags & 8 else (0xFFFFFFFF,)
+        )  # they follow the data, or stand in zip64's extra field
         agrees = (
             magic == b"PK\3\4"
             and method == info.compress_type
@@ -189,6 +191,8 @@ class _Zip:
         return storage
 
     def _view(self, info: zipfile.ZipInfo, start: int) -> Callable[[int, int], np.ndarray]:
+        """A function that gives a part of an entry, (first byte, bytes) -> uint8 (bytes,), and checks the CRC at its
+        first call."""
         checked = not self.has_crcs
 
         def view(first: int, nbytes: int) -> np.ndarray:
@@ -217,10 +221,12 @@ class _Zip:
         return content
 
     def refuse(self, name: str, rule: str) -> NoReturn:
+        """Raises ValueError for an entry that breaks a rule."""
         raise ValueError(f"{self.file.name}: {shown(name)[1:-1]}: {rule}")
 
 
 def _read_zip(file: _File) -> Any:
+    """The value in a file of PyTorch 1.6 or later. ValueError."""
     archive = _Zip(file)
     directory = archive.directory
     if directory + "constants.pkl" in archive.infos:
@@ -236,6 +242,7 @@ def _read_zip(file: _File) -> Any:
 
 
 def _read_legacy(file: _File) -> Any:
+    """The value in a file of a PyTorch before 1.6. ValueError."""
     with file.open() as stream:
         head = stream.read(MAX_BYTES)
     positions: dict[str, int] = {}

@@ -41,7 +41,7 @@ def test_shards_and_what_their_index_may_not_say(tmp_path):
         index.write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
         with pytest.raises(ValueError, match="name of a file beside the index"):
             sources.read_model(tmp_path)
-    for content, message in {"{}": "weight_map", '{"weight_map": 3}': "weight_map", "[]": "expected an object"}.items():
+    for content, message in {"{}": "weight_map", '{"weight_map": {}}': "weight_map", "[]": "an object"}.items():
         index.write_text(content)
         with pytest.raises(ValueError, match=f"{index}: .*{message}"):
             sources.read_model(tmp_path)
