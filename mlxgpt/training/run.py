@@ -15,25 +15,25 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from .common import cli, disk
-from .common.console import say
-from .common.settings import settings
-from .cpu import operations as kernels
-from .data import corpus as data
-from .data import dataset
-from .data.tokenizer import Tokenizer, decode, kind_of
-from .formats import training_state
-from .generation.decoding import Decoder
-from .generation.sampling import Sampler
-from .model import ops
-from .model.gpt import GPT
-from .training import device, distributed, loggers, plot
-from .training import metrics as report
-from .training import origin as start
-from .training.distributed import Group
-from .training.optim import learning_rate
-from .training.recipe import TrainConfig, preset
-from .training.trainer import Batch, Trainer
+from ..common import cli, disk
+from ..common.console import say
+from ..common.settings import settings
+from ..cpu import operations as kernels
+from ..data import corpus as data
+from ..data import dataset
+from ..data.tokenizer import Tokenizer, decode, kind_of
+from ..formats import training_state
+from ..generation.decoding import Decoder
+from ..generation.sampling import Sampler
+from ..model import ops
+from ..model.gpt import GPT
+from . import device, distributed, loggers, plot
+from . import metrics as report
+from . import origin as start
+from .distributed import Group
+from .optim import learning_rate
+from .recipe import TrainConfig, preset
+from .trainer import Batch, Trainer
 
 
 class Run:

@@ -37,11 +37,11 @@ from ..cpu import operations as kernels
 from ..data.tokenizer import Tokenizer
 from ..model import lora
 from ..model.gpt import GPT
-from ..training.optim import AdamW
-from ..training.recipe import TrainConfig
-from . import model_directory as checkpoint
-from . import safetensors_file
-from .safetensors_file import Tensor
+from .optim import AdamW
+from .recipe import TrainConfig
+from ..formats import model_directory as checkpoint
+from ..formats import safetensors_file
+from ..formats.safetensors_file import Tensor
 
 OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
 TRAINING_FORMAT = 2
