@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from mlxgpt.data import tokenizer
 from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import safetensors_file, torch_file, training_state
+from mlxgpt.formats import safetensors_file, torch_file
 from mlxgpt.formats.torch_file import Tensor
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
+from mlxgpt.training.checkpoints import restore_optimizer
 from mlxgpt.training.recipe import TrainConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_weights.py"
@@ -571,7 +572,7 @@ def test_training_goes_on_where_pytorch_stopped(tmp_path):
     config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=0.0, decay_lr=False,
                          warmup_iters=0, model=checkpoint.load_config(directory))  # fmt: skip
     trainer = training.Trainer(checkpoint.load_model(directory), config)
-    training_state.load_training_state(directory, trainer.model, trainer.optimizer)
+    restore_optimizer(directory, trainer.model, trainer.optimizer)
     for seed in range(5):
         x, y = np.random.default_rng(seed).integers(0, shape["vocab_size"], (2, 3, shape["block_size"]), np.int32)
         loss = model.loss(torch.tensor(x, dtype=torch.long), torch.tensor(y, dtype=torch.long))

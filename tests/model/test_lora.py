@@ -16,12 +16,12 @@ from mlxgpt.cpu import extension
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import training_state
 from mlxgpt.generation import sampling
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.model import lora, ops
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
+from mlxgpt.training import checkpoints
 from mlxgpt.training.recipe import TrainConfig
 from mlxgpt.training.trainer import Trainer
 
@@ -189,10 +189,10 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_goes_on(path, base, 
     model = adapted(base, "mlp.c_fc,attn.c_attn")
     trainer, _ = train(model, 3)
     saved = {n: np.array(p) for n, p in model.named_weights().items()}
-    checkpoints = training_state.Checkpoints(tmp_path, 1)
-    checkpoints.save(model, TOKENIZER, training_state.TrainingState(trainer.optimizer, 3, None, {}), best=False)
-    checkpoints.wait()
-    assert training_state.find_damage(tmp_path / "last") is None
+    writer = checkpoints.Checkpoints(tmp_path, 1)
+    writer.save(model, TOKENIZER, checkpoints.TrainingState(trainer.optimizer, 3, None, {}), best=False)
+    writer.wait()
+    assert checkpoints.find_damage(tmp_path / "last") is None
     assert sorted(p.name for p in (tmp_path / "last").iterdir()) == [
         "SHA256SUMS", "adapter_base.json", "adapter_config.json", "adapter_model.safetensors", "config.json",
         "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json",
@@ -205,7 +205,7 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_goes_on(path, base, 
     for name, p in other.named_weights().items():
         np.testing.assert_array_equal(np.array(p), saved[name], err_msg=name)
     goes_on = Trainer(other, TrainConfig(learning_rate=1e-2, warmup_iters=0, model=SHAPE))
-    training_state.load_training_state(tmp_path / "last", other, goes_on.optimizer)
+    checkpoints.restore_optimizer(tmp_path / "last", other, goes_on.optimizer)
     goes_on.steps = 3
     assert [goes_on.step([BATCH]).item() for _ in range(3)] == expected
     assert other.lora == model.lora

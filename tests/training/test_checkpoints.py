@@ -1,4 +1,4 @@
-"""Training state and a run's checkpoints: whole or not there, whatever ends the process, and found again."""
+"""A run's checkpoints: whole or not there, whatever ends the process, and found again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from mlx.utils import tree_flatten
 from mlxgpt.common import disk
 from mlxgpt.cpu import operations as kernels
 from mlxgpt.data.tokenizer import CharTokenizer
-from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import safetensors_file, training_state
-from mlxgpt.formats.training_state import Checkpoints, TrainingState
+from mlxgpt.formats import model_directory, safetensors_file, training_state
+from mlxgpt.formats.safetensors_file import Tensor
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
-from mlxgpt.training import trainer as training
+from mlxgpt.training import checkpoints
+from mlxgpt.training.checkpoints import Checkpoints, TrainingState
 from mlxgpt.training.optim import AdamW
 from mlxgpt.training.recipe import TrainConfig
+from mlxgpt.training.trainer import Trainer
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 CHARS = CharTokenizer("abcdefghijk")
@@ -56,11 +57,11 @@ def trained(step: int = 7) -> tuple[GPT, TrainingState]:
 
 def save(run: Path, *steps: int, best: int = 0, keep_last: int = 9) -> None:
     run.mkdir(exist_ok=True)
-    checkpoints = Checkpoints(run, keep_last)
+    writer = Checkpoints(run, keep_last)
     for step in steps:
         model, state = trained(step)
-        checkpoints.save(model, CHARS, state, step == best)
-    checkpoints.wait()
+        writer.save(model, CHARS, state, step == best)
+    writer.wait()
 
 
 def at(run: Path, step: int) -> Path:
@@ -93,9 +94,9 @@ def resumable(tmp_path) -> Path:
 
 def test_there_and_back_to_the_bit(tmp_path):
     model, state = trained()
-    checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(model, CHARS, state, False)
-    checkpoints.wait()
+    writer = Checkpoints(tmp_path, 1)
+    writer.save(model, CHARS, state, False)
+    writer.wait()
     directory = tmp_path / "last"
     record = json.loads((directory / "training.json").read_text())
     assert record == dict(
@@ -103,16 +104,16 @@ def test_there_and_back_to_the_bit(tmp_path):
         best_val_loss=1.5, settings={"max_iters": 9, "beta1": 0.5}, progress={"skipped": [3]},
     )  # fmt: skip
     assert mx.load(str(directory / "optimizer.safetensors"))["m.h.0.attn.c_attn.weight"].shape == (24, 8)
-    again, optimizer = checkpoint.load_model(directory), AdamW(TrainConfig(learning_rate=0.25))
+    again, optimizer = model_directory.load_model(directory), AdamW(TrainConfig(learning_rate=0.25))
     for name, p in model.named_weights().items():
         assert np.array_equal(p, again.named_weights()[name]), name
-    assert training_state.load_training_state(directory, again, optimizer) == record
+    assert checkpoints.restore_optimizer(directory, again, optimizer) == record
     assert optimizer.step.item() == 7
     expected, restored = snapshot(state.optimizer), snapshot(optimizer)
     assert expected.keys() == restored.keys()
     for name, value in expected.items():
         assert np.array_equal(value, restored[name]), name
-    checkpoint.save_model(tmp_path / "model", model, CHARS)
+    model_directory.save_model(tmp_path / "model", model, CHARS)
     for name in names(tmp_path / "model"):
         assert (tmp_path / "model" / name).read_bytes() == (directory / name).read_bytes()
 
@@ -137,11 +138,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert os.readlink(tmp_path / "last") == "checkpoints/step-0000005"
     best = at(tmp_path, 2)
     assert set(names(best)) == FILES - {"optimizer.safetensors", "training.json"}
-    assert training_state.find_damage(best) is None
-    assert checkpoint.find_model(tmp_path) == best
-    assert checkpoint.load_model(best).config == TINY
+    assert checkpoints.find_damage(best) is None
+    assert model_directory.find_model(tmp_path) == best
+    assert model_directory.load_model(best).config == TINY
     with pytest.raises(FileNotFoundError, match=r"best holds no training state: it has no training\.json"):
-        training_state.find(tmp_path / "best")
+        checkpoints.find(tmp_path / "best")
     save(tmp_path, 6, best=6, keep_last=2)
     assert names(tmp_path / "checkpoints") == ["step-0000005", "step-0000006"]
 
@@ -149,7 +150,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 def test_a_run_gone_back_from_leaves_nothing_later(run):
     save(run, 4, keep_last=2)
     assert names(run / "checkpoints") == ["step-0000003", "step-0000004", "step-0000006"]
-    assert training_state.find(run) == (at(run, 4), [])
+    assert checkpoints.find(run) == (at(run, 4), [])
     assert set(names(run / "best")) == FILES - {"optimizer.safetensors", "training.json"}
 
 
@@ -157,33 +158,33 @@ def test_a_checkpoint_of_the_same_step_is_replaced(run):
     before = (at(run, 9) / "model.safetensors").read_bytes()
     save(run, 9)
     assert (at(run, 9) / "model.safetensors").read_bytes() != before
-    assert training_state.find(run) == (at(run, 9), [])
+    assert checkpoints.find(run) == (at(run, 9), [])
     assert names(run / "checkpoints") == ["step-0000003", "step-0000006", "step-0000009"]
 
 
 def test_what_a_path_names(run, resumable, monkeypatch):
-    assert training_state.find(run) == (at(run, 9), [])
-    assert training_state.find(run / "last") == (at(run, 9), [])
-    assert training_state.find(run / "best") == (at(run, 6), [])
-    assert training_state.find(at(run, 3)) == (at(run, 3), [])
-    assert training_state.find(resumable) == (resumable, [])
-    assert checkpoint.find_model(run) == checkpoint.find_model(run / "best") == at(run, 6)
+    assert checkpoints.find(run) == (at(run, 9), [])
+    assert checkpoints.find(run / "last") == (at(run, 9), [])
+    assert checkpoints.find(run / "best") == (at(run, 6), [])
+    assert checkpoints.find(at(run, 3)) == (at(run, 3), [])
+    assert checkpoints.find(resumable) == (resumable, [])
+    assert model_directory.find_model(run) == model_directory.find_model(run / "best") == at(run, 6)
     (run / "best").unlink()
-    assert checkpoint.find_model(run) == at(run, 9)
-    assert training_state.run_of(at(run, 3)) == training_state.run_of(run / "last") == run
-    assert training_state.run_of(resumable) is None
+    assert model_directory.find_model(run) == at(run, 9)
+    assert checkpoints.run_of(at(run, 3)) == checkpoints.run_of(run / "last") == run
+    assert checkpoints.run_of(resumable) is None
     monkeypatch.chdir(at(run, 3))
-    assert training_state.run_of(Path(".")) == Path("../..")
+    assert checkpoints.run_of(Path(".")) == Path("../..")
     for nothing in (run.parent / "nowhere", run.parent):
         with pytest.raises(FileNotFoundError, match=rf"{nothing} holds no training state: it has no training\.json"):
-            training_state.find(nothing)
+            checkpoints.find(nothing)
 
 
 def test_a_checkpoint_whose_link_was_not_turned_yet(run):
     (run / "last").unlink()
-    assert training_state.find(run)[0] == at(run, 9)
+    assert checkpoints.find(run)[0] == at(run, 9)
     (run / "last").symlink_to("checkpoints/step-0000007")  # which is gone
-    assert training_state.find(run)[0] == at(run, 6)
+    assert checkpoints.find(run)[0] == at(run, 6)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -194,30 +195,30 @@ def test_damage_in_any_file_is_found(run, name):
     lines = [n + 1 for n, byte in enumerate(content) if byte == 10]  # where a text would still look whole
     cuts = [0, *lines[:-1], len(content) - 1, *rng.sample(range(len(content)), 8)]
     flips = rng.sample(range(8 * len(content)), 400 if name == "SHA256SUMS" else 40)
-    assert training_state.find_damage(at(run, 9)) is None
+    assert checkpoints.find_damage(at(run, 9)) is None
     for damaged in [
         *(content[:cut] for cut in cuts),
         *(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :] for bit in flips),
     ]:
         path.write_bytes(damaged)
-        damage = training_state.find_damage(at(run, 9))
+        damage = checkpoints.find_damage(at(run, 9))
         assert damage and (name in damage or name == "SHA256SUMS"), damage
-    found, (line,) = training_state.find(run)
+    found, (line,) = checkpoints.find(run)
     assert found == at(run, 6)
     assert line == f"{at(run, 9)} is passed over: {damage}"
     if name != "SHA256SUMS":
         path.unlink()
-        assert training_state.find(run) == (at(run, 6), [f"{at(run, 9)} is passed over: {name} is missing"])
-        assert training_state.find(run / "last")[0] == at(run, 6)
+        assert checkpoints.find(run) == (at(run, 6), [f"{at(run, 9)} is passed over: {name} is missing"])
+        assert checkpoints.find(run / "last")[0] == at(run, 6)
     with pytest.raises(ValueError, match=rf"^resume: {at(run, 9)}: "):
-        training_state.find(at(run, 9))
+        checkpoints.find(at(run, 9))
 
 
 def test_a_run_without_a_whole_checkpoint(run):
     for step in (3, 6, 9):
         (at(run, step) / "optimizer.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"^resume: no checkpoint of {run} is whole: {at(run, 9)}: opt.* is missing;"):
-        training_state.find(run)
+        checkpoints.find(run)
 
 
 def test_a_newer_version_s_checkpoint_is_refused_and_not_passed_over(run):
@@ -228,7 +229,7 @@ def test_a_newer_version_s_checkpoint_is_refused_and_not_passed_over(run):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     sums.write_text("".join(f"{digest}  training.json\n" if "training.json" in s else f"{s}\n" for s in lines))
     with pytest.raises(ValueError, match=r"training\.json: format is 3, this version reads up to 2; nothing was ch"):
-        training_state.find(run)
+        checkpoints.find(run)
 
 
 # ---- whatever happens meanwhile ----
@@ -240,21 +241,21 @@ from mlxgpt.model.config import GPTConfig
 from mlxgpt.training.recipe import TrainConfig
 import mlx.core as mx
 from mlxgpt.model import ops
-from mlxgpt.formats import training_state
 from mlxgpt.model.gpt import GPT
+from mlxgpt.training.checkpoints import Checkpoints, TrainingState
 from mlxgpt.training.optim import AdamW
 from mlx.utils import tree_map
 
 def save(run, first):
     ops.use_device("cpu")
-    checkpoints = training_state.Checkpoints(run, 2)
+    checkpoints = Checkpoints(run, 2)
     os.write(1, b"begun\\n")  # in one piece: two processes write here
     model, optimizer = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)), AdamW(TrainConfig())
     for step in range(first, first + 100000):
         model.update(tree_map(lambda p: mx.full(p.shape, step), model.parameters()))
         averages = {f"{a}.{n}": mx.full(p.shape, step) for a in "mv" for n, p in model.named_weights().items()}
         optimizer.restore(model, step, averages)
-        checkpoints.save(model, None, training_state.TrainingState(optimizer, step, float(step), {}), step % 3 == 0)
+        checkpoints.save(model, None, TrainingState(optimizer, step, float(step), {}), step % 3 == 0)
 
 for line in sys.stdin:  # a process for each, without importing everything again
     if (child := os.fork()) == 0:
@@ -267,7 +268,7 @@ for line in sys.stdin:  # a process for each, without importing everything again
 
 def require_one_state(directory: Path) -> int:
     """That of a step, whole -> the step."""
-    assert training_state.find_damage(directory) is None
+    assert checkpoints.find_damage(directory) is None
     record = training_state.load_training_record(directory)
     for name in ("model.safetensors", "optimizer.safetensors"):
         for key, tensor in safetensors_file.read(directory / name).items():
@@ -300,14 +301,14 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
             os.kill(int(child), signal.SIGKILL)
             assert zygote.stdout.readline() == "ended\n"
             leftovers += any(path.name.endswith(".tmp") for path in tmp_path.rglob(".*"))
-            directory, passed_over = training_state.find(tmp_path)
+            directory, passed_over = checkpoints.find(tmp_path)
             assert passed_over == []
             step = require_one_state(directory)
             assert latest <= step
             latest = step
-            best = checkpoint.find_model(tmp_path)
+            best = model_directory.find_model(tmp_path)
             assert best == disk.follow(tmp_path / "best")
-            assert training_state.find_damage(best) is None
+            assert checkpoints.find_damage(best) is None
             assert (tmp_path / "last").resolve() == directory.resolve()
         zygote.stdin.close()
     assert leftovers > 5
@@ -328,9 +329,9 @@ def test_a_reader_never_sees_half_of_one(tmp_path):
     writer = threading.Thread(target=write)
     writer.start()
     while not stop.is_set():
-        for directory in (checkpoint.find_model(tmp_path), training_state.find(tmp_path)[0]):
+        for directory in (model_directory.find_model(tmp_path), checkpoints.find(tmp_path)[0]):
             assert set(names(directory)) == FILES
-            assert training_state.find_damage(directory) is None
+            assert checkpoints.find_damage(directory) is None
             seen.append(directory)
     writer.join()
     assert len(set(seen)) > 5
@@ -339,27 +340,34 @@ def test_a_reader_never_sees_half_of_one(tmp_path):
 @pytest.mark.skipif(not kernels.available(), reason="without the kernels no array is changed in place")
 @pytest.mark.parametrize(("overtaken_at", "while_written"), [(1, False), (4, False), (4, True), (1000, False)])
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, overtaken_at, while_written):
-    """The state written is that of the moment of save(), though arrays change in place before and while they are."""
-    trainer = training.Trainer(GPT(TINY), TrainConfig(model=TINY, learning_rate=0.1, warmup_iters=0))
+    """The checkpoint has the state at the moment of save(), though steps change the arrays in place before they are
+    read, or while they are written."""
+    trainer = Trainer(GPT(TINY), TrainConfig(model=TINY, learning_rate=0.1, warmup_iters=0))
     ids = np.random.default_rng(0).integers(0, 11, (4, 9)).astype(np.int32)
     batch = ids[:, :-1], ids[:, 1:]
     trainer.step([batch])
     halted, go, reads = threading.Event(), threading.Event(), [0]
-    read = training_state._Lent._read
+    write = safetensors_file.write
 
-    def halting(self, key):
-        reads[0] += 1
-        if reads[0] == overtaken_at and not while_written:
-            halted.set()
-            go.wait(5)
-        array = read(self, key)
-        if reads[0] == overtaken_at and while_written:
-            halted.set()
-            go.wait(0.3)  # and then the step has had to wait
-        return array
+    def halting(read):
+        def halting_read():
+            reads[0] += 1
+            if reads[0] == overtaken_at and not while_written:
+                halted.set()
+                go.wait(5)
+            array = read()
+            if reads[0] == overtaken_at and while_written:
+                halted.set()
+                go.wait(0.3)  # and then the step has had to wait
+            return array
 
-    monkeypatch.setattr(training_state._Lent, "_read", halting)
-    checkpoints = Checkpoints(tmp_path, 3)
+        return halting_read
+
+    def halting_write(path, tensors, *args):
+        return write(path, {name: Tensor(t.dtype, t.shape, halting(t.read)) for name, t in tensors.items()}, *args)
+
+    monkeypatch.setattr(safetensors_file, "write", halting_write)
+    writer = Checkpoints(tmp_path, 3)
     for step in (1, 2):
         expected = {
             **{n: np.array(p) for n, p in trainer.model.named_weights().items()},
@@ -367,65 +375,88 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, overta
         }
         reads[0] = 0
         halted.clear(), go.clear()
-        checkpoints.save(trainer.model, CHARS, TrainingState(trainer.optimizer, step, None, {}), False)
+        writer.save(trainer.model, CHARS, TrainingState(trainer.optimizer, step, None, {}), False)
         if overtaken_at < 1000:
             assert halted.wait(5)
-        trainer.step([batch])
+        trainer.step([batch], writer.before_arrays_change)
         go.set()
-        checkpoints.wait()
-        model, optimizer = checkpoint.load_model(at(tmp_path, step)), AdamW(TrainConfig())
-        training_state.load_training_state(at(tmp_path, step), model, optimizer)
+        writer.wait()
+        model, optimizer = model_directory.load_model(at(tmp_path, step)), AdamW(TrainConfig())
+        checkpoints.restore_optimizer(at(tmp_path, step), model, optimizer)
         for name, array in {**model.named_weights(), **optimizer.averages(model)}.items():
             assert np.array_equal(array, expected[name]), name
         assert not np.array_equal(expected["wte.weight"], trainer.model.wte.weight)
 
 
+def test_steps_that_overtake_one_checkpoint_leave_it_as_it_was(tmp_path, monkeypatch):
+    write, go_on = safetensors_file.write, threading.Event()
+    monkeypatch.setattr(safetensors_file, "write", lambda *args: (go_on.wait(60), write(*args)))
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    config = TrainConfig(model=model.config)
+    trainer = Trainer(model, config)
+    ids = np.arange(9)[None] % 11
+    batch = ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
+    trainer.step([batch])
+    before = {name: np.array(p) for name, p in model.named_weights().items()}
+    writer = Checkpoints(tmp_path, 2)
+    writer.save(model, None, TrainingState(trainer.optimizer, 1, None, {}), best=False)
+    for _ in range(3):
+        trainer.step([batch], writer.before_arrays_change)
+    go_on.set()
+    writer.wait()
+    saved = model_directory.load_model(tmp_path / "last").named_weights()
+    for name, p in before.items():
+        np.testing.assert_array_equal(saved[name], p, err_msg=name)
+    assert not np.array_equal(model.wte.weight, before["wte.weight"])
+
+
 def test_a_full_disk_leaves_the_last_one_and_stops_with_a_line(run):
-    checkpoints = Checkpoints(run, 9)
+    writer = Checkpoints(run, 9)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # a file that can't grow fails as one on a full disk does
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
         model, state = trained(12)
-        checkpoints.save(model, CHARS, state, True)
-        checkpoints._thread.join()
+        writer.save(model, CHARS, state, True)
+        message = f"^{at(run, 12)}: the checkpoint can't be written: File too large; {at(run, 9)} is kept$"
+        with pytest.raises(OSError, match=message):
+            for _ in range(500):
+                writer.check()
+                time.sleep(0.01)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    state.optimizer.before_update()  # waits for nobody
-    message = f"^{at(run, 12)}: the checkpoint can't be written: File too large; {at(run, 9)} is kept$"
-    with pytest.raises(OSError, match=message):
-        checkpoints.check()
-    checkpoints.wait()  # said once
+    writer.before_arrays_change()  # waits for nobody
+    writer.wait()  # the error is raised once
     assert names(run / "checkpoints") == ["step-0000003", "step-0000006", "step-0000009"]
-    assert training_state.find(run) == (at(run, 9), [])
-    checkpoints.save(model, CHARS, state, True)
-    checkpoints.wait()
-    assert training_state.find(run) == (at(run, 12), [])
+    assert checkpoints.find(run) == (at(run, 9), [])
+    writer.save(model, CHARS, state, True)
+    writer.wait()
+    assert checkpoints.find(run) == (at(run, 12), [])
 
 
-@pytest.mark.parametrize("name", ["rename", "replace", "symlink", "fsync", "mkdir"])
+@pytest.mark.parametrize("name", ["rename", "symlink", "fsync", "mkdir"])
 def test_a_lost_permission_leaves_the_last_one(run, monkeypatch, name):
-    checkpoints = Checkpoints(run, 9)
+    writer = Checkpoints(run, 9)
 
     def denied(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, name, denied)
-        checkpoints.save(*trained(12)[:1], CHARS, trained(12)[1], True)
+        writer.save(*trained(12)[:1], CHARS, trained(12)[1], True)
         with pytest.raises(OSError, match=r"step-0000012: the checkpoint can't be written: Permission denied; .* is k"):
-            checkpoints.wait()
-    directory, passed_over = training_state.find(run)
+            writer.wait()
+    directory, passed_over = checkpoints.find(run)
     assert directory == at(run, 9) and not passed_over
     assert not [path for path in run.rglob(".*") if path.is_dir() and not path.is_symlink()]
 
 
 def test_a_run_that_is_removed_meanwhile_is_not_made_again(tmp_path):
     (tmp_path / "run").mkdir()
-    checkpoints = Checkpoints(tmp_path / "run", 2)
+    writer = Checkpoints(tmp_path / "run", 2)
     (tmp_path / "run").rmdir()
-    checkpoints.save(trained()[0], CHARS, trained()[1], False)
+    writer.save(trained()[0], CHARS, trained()[1], False)
     with pytest.raises(OSError, match=r"can't be written: No such file or directory; there is no earlier one"):
-        checkpoints.wait()
+        writer.wait()
     assert not (tmp_path / "run").exists()
 
 
@@ -438,7 +469,7 @@ def test_what_a_killed_run_left_is_put_right(run):
     (at(run, 6) / "training.json").touch()
     Checkpoints(run, 9)
     assert not [path for path in run.rglob(".*")]
-    assert training_state.find(run) == (at(run, 9), [])
+    assert checkpoints.find(run) == (at(run, 9), [])
 
 
 def test_what_the_sums_do_not_list_is_no_training_state(run):
@@ -447,7 +478,7 @@ def test_what_the_sums_do_not_list_is_no_training_state(run):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(s for s in lines if "training" not in s and "optimizer" not in s))
     with pytest.raises(FileNotFoundError, match="holds no training state"):
-        training_state.find(at(run, 6))
+        checkpoints.find(at(run, 6))
     save(run, 12, 15, keep_last=2)
     assert set(names(at(run, 6))) == FILES - {"optimizer.safetensors", "training.json"}
 
@@ -470,16 +501,16 @@ def old(run, tmp_path) -> Path:
 
 
 def test_an_earlier_version_s_run_is_read_and_gone_on_with(old):
-    assert training_state.find(old) == training_state.find(old / "last") == (old / "last", [])
+    assert checkpoints.find(old) == checkpoints.find(old / "last") == (old / "last", [])
     assert training_state.load_training_record(old / "last")["progress"] == {}
-    assert training_state.run_of(old / "last") == old
-    assert checkpoint.find_model(old) == old / "best"
+    assert checkpoints.run_of(old / "last") == old
+    assert model_directory.find_model(old) == old / "best"
     best = (old / "best" / "model.safetensors").read_bytes()
     save(old, 12)
     assert names(old) == ["best", "checkpoints", "last"]
     assert (old / "best" / "model.safetensors").read_bytes() == best
     assert names(old / "checkpoints") == ["step-0000009", "step-0000012"]
-    assert training_state.find(old) == (at(old, 12), [])
+    assert checkpoints.find(old) == (at(old, 12), [])
     save(old, 15, best=15)
     assert os.readlink(old / "best") == "checkpoints/step-0000015"
     assert names(old) == ["best", "checkpoints", "last"]
@@ -492,12 +523,12 @@ def test_a_run_is_cleared(run, old, tmp_path):
     for directory in (run, old, tmp_path / "model"):
         directory.mkdir(exist_ok=True)
         (directory / "metrics.jsonl").touch()
-        training_state.clear(directory)
+        checkpoints.clear(directory)
         assert names(directory) == ["metrics.jsonl"]
     assert len(names(elsewhere)) == 3
 
 
-# ---- training.json and the averages ----
+# ---- the optimizer's averages ----
 
 
 @pytest.mark.parametrize(
@@ -520,51 +551,6 @@ def test_averages_that_do_not_fit_leave_the_optimizer_as_it_was(resumable, name,
     model, state = trained(step=3)
     before = snapshot(state.optimizer)
     with pytest.raises(ValueError, match=message):
-        training_state.load_training_state(resumable, model, state.optimizer)
+        checkpoints.restore_optimizer(resumable, model, state.optimizer)
     for name, value in snapshot(state.optimizer).items():
         assert np.array_equal(value, before[name]), name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(format=3), "format is 3, this version reads up to 2; nothing was changed"),
-        (dict(format="2"), "format is '2', expected 1 to 2"),
-        (dict(progress=[]), "not a training state"),
-        (dict(step=-1), "step is -1, expected a whole number of steps"),
-        (dict(step=1.5), "step is 1.5, expected a whole number of steps"),
-        (dict(eps="small"), "eps is 'small', expected a number of at least 0"),
-        (dict(beta1=None), "beta1 is None, expected a number"),
-        (dict(best_val_loss=float("nan")), "best_val_loss is nan, expected a number"),
-        (dict(settings=3), "not a training state"),
-        (dict(settings={"max_itres": 3}), r"training\.json: unknown setting 'max_itres' \(did you mean 'max_iters'"),
-        (dict(settings={"max_iters": 0}), r"training\.json: max_iters is 0, expected at least 1"),
-    ],
-)
-def test_a_broken_training_record_is_named(resumable, change, message):
-    path = resumable / "training.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
-        training_state.load_training_record(resumable)
-
-
-def test_steps_that_overtake_one_checkpoint_leave_it_as_it_was(tmp_path, monkeypatch):
-    write, go_on = safetensors_file.write, threading.Event()
-    monkeypatch.setattr(safetensors_file, "write", lambda *args: (go_on.wait(60), write(*args)))
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
-    config = TrainConfig(model=model.config)
-    trainer = training.Trainer(model, config)
-    ids = np.arange(9)[None] % 11
-    batch = ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
-    trainer.step([batch])
-    before = {name: np.array(p) for name, p in model.named_weights().items()}
-    checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.save(model, None, TrainingState(trainer.optimizer, 1, None, {}), best=False)
-    for _ in range(3):
-        trainer.step([batch])
-    go_on.set()
-    checkpoints.wait()
-    saved = checkpoint.load_model(tmp_path / "last").named_weights()
-    for name, p in before.items():
-        np.testing.assert_array_equal(saved[name], p, err_msg=name)
-    assert not np.array_equal(model.wte.weight, before["wte.weight"])

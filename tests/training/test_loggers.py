@@ -18,7 +18,7 @@ from mlxgpt.training.recipe import TrainConfig
 def a_run(path: Path, config: TrainConfig, after: int | None, steps: range, said: list[str]) -> None:
     """Logs a loss for each step and an evaluation at the last."""
     metrics = Metrics(
-        path / "metrics.jsonl", after, loggers.start(config, path, after, {"learning_rate": 1e-3}, said.append)
+        path / "metrics.jsonl", after, loggers.open_loggers(config, path, after, {"learning_rate": 1e-3}, said.append)
     )
     for step in steps:
         metrics.add(step=step, loss=10.0 - step, mfu=0.5)
@@ -46,7 +46,7 @@ def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_each_line_once(tmp_path):
     pytest.importorskip("tensorboardX")
     config = TrainConfig(tensorboard=True)
-    loggers.require(config)
+    loggers.require_packages(config)
     a_run(tmp_path, config, None, range(1, 8), [])
     a_run(tmp_path, config, 4, range(5, 10), [])
     assert shown(tmp_path / "tensorboard") == {
@@ -82,9 +82,9 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, config, package):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(ValueError, match=message):
-        loggers.require(config)
-    loggers.require(TrainConfig())
-    assert loggers.start(TrainConfig(), tmp_path, None, {}, print) == []
+        loggers.require_packages(config)
+    loggers.require_packages(TrainConfig())
+    assert loggers.open_loggers(TrainConfig(), tmp_path, None, {}, print) == []
 
 
 class Offline:
