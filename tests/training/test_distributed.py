@@ -145,7 +145,6 @@ import json, zlib
 import mlx.core as mx, numpy as np
 from mlxgpt.training import distributed, trainer as training
 from mlxgpt.cpu import extension
-from mlxgpt.cpu import extension
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.training.recipe import TrainConfig
 from mlxgpt.model.gpt import GPT
