@@ -9,7 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..cpu import operations as kernels
+from ..cpu import extension
 from ..model import ops
 from ..model.config import GPTConfig
 
@@ -22,11 +22,11 @@ def peak_flops(dtype: str) -> float:
     returns the first one's result.
     """
     compute = getattr(mx, dtype)
-    return _peak_flops(compute, mx.default_device().type == mx.gpu, kernels.available(compute))
+    return _measured_once(compute, mx.default_device().type == mx.gpu, extension.available(compute))
 
 
-@functools.cache
-def _peak_flops(dtype: mx.Dtype, on_gpu: bool, on_kernels: bool) -> float:
+def measure_peak_flops(dtype: mx.Dtype, on_gpu: bool, on_kernels: bool) -> float:
+    """The measurement of peak_flops, made anew by each call."""
     start, best, n = time.perf_counter(), 0.0, 256
     while True:
         product = _product(n, dtype, on_kernels)
@@ -44,6 +44,9 @@ def _peak_flops(dtype: mx.Dtype, on_gpu: bool, on_kernels: bool) -> float:
         mx.clear_cache()
         mx.reset_peak_memory()
     return best
+
+
+_measured_once = functools.cache(measure_peak_flops)
 
 
 def _product(n: int, dtype: mx.Dtype, on_kernels: bool) -> Callable[[], object]:

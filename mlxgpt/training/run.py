@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..common import disk
 from ..common.console import say
-from ..cpu import operations as kernels
+from ..cpu import extension
 from ..data import corpus, dataset
 from ..data.dataset import Dataset
 from ..data.tokenizer import decode, kind_of
@@ -108,7 +108,7 @@ class Run:
         )
         for line in self.origin.introduction(config) if self.origin else []:
             self._say(line)
-        cpu = f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
+        cpu = f"CPU with {'the C++ kernels' if extension.available() else 'MLX alone'}"
         where = "GPU" if self.device.type == mx.gpu else cpu
         self._say(f"device: {where}, {config.dtype}; writing to {self.out_dir}")
         if self.group.size > 1:

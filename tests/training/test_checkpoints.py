@@ -23,7 +23,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxgpt.common import disk
-from mlxgpt.cpu import operations as kernels
+from mlxgpt.cpu import extension
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.formats import model_directory, safetensors_file, training_state
 from mlxgpt.formats.safetensors_file import Tensor
@@ -337,7 +337,7 @@ def test_a_reader_never_sees_half_of_one(tmp_path):
     assert len(set(seen)) > 5
 
 
-@pytest.mark.skipif(not kernels.available(), reason="without the kernels no array is changed in place")
+@pytest.mark.skipif(not extension.available(), reason="without the kernels no array is changed in place")
 @pytest.mark.parametrize(("overtaken_at", "while_written"), [(1, False), (4, False), (4, True), (1000, False)])
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, overtaken_at, while_written):
     """The checkpoint has the state at the moment of save(), though steps change the arrays in place before they are
