@@ -1,4 +1,4 @@
-"""Training from the command line: whole runs, what they write, and how they go on."""
+"""Training from the command line: whole runs, what they write, and how they are resumed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(*args: str, cwd: Path, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_run_writes_what_it_says(corpus, tmp_path):
+def test_a_run_writes_its_files_and_says_what_it_does(corpus, tmp_path):
     result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
@@ -60,7 +60,7 @@ def test_a_run_writes_what_it_says(corpus, tmp_path):
 
 
 def test_the_same_run_gives_the_same_numbers(corpus, tmp_path, monkeypatch):
-    """In a process of its own, and in one that has done other things before."""
+    """The process may be a new one, or one that has done other things before."""
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), "--device", "cpu", *TINY_FLAGS]  # a GPU adds gradients of embeddings in any order
     assert command(*flags, "--out_dir", "a", cwd=tmp_path).returncode == 0
@@ -187,7 +187,7 @@ def half(corpus, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kernels_there", [True, False])
-def test_a_run_that_is_resumed_is_the_run_that_was_not(
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
     corpus, half, tmp_path, monkeypatch, switch_off_kernels, kernels_there
 ):
     if not kernels_there:
@@ -212,7 +212,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(
     assert "resume =" not in (half / "settings.toml").read_text()
 
 
-def test_a_best_model_outlives_a_resumption_that_finds_no_better(half, monkeypatch):
+def test_a_best_model_is_kept_when_the_resumed_run_finds_no_better_one(half, monkeypatch):
     best = files(half / "best")
     monkeypatch.setattr(Trainer, "evaluate", lambda self, batches: 50.0)
     main("--resume", "half/last", "--max_iters", "9")
@@ -222,7 +222,7 @@ def test_a_best_model_outlives_a_resumption_that_finds_no_better(half, monkeypat
     assert record["best_val_loss"] == min(loss for step, loss in curve(half).items() if step)
 
 
-def test_a_resumed_run_may_go_elsewhere(half, tmp_path):
+def test_a_resumed_run_may_write_to_another_directory(half, tmp_path):
     before = files(half)
     main("--resume", "half", "--max_iters", "9", "--out_dir", "other", "--learning_rate", "0.02", "--dropout", "0.1")
     assert files(half) == before
@@ -279,7 +279,7 @@ def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
         ("--resume half --max_iters 9 --out_dir other", 1, "out_dir: other already holds a run; give another, or"),
     ],
 )
-def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
+def test_a_wrong_init_from_or_resume_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
     (tmp_path / "other.txt").write_text("café\n" * 40)
     (tmp_path / "empty").mkdir()
     shutil.copytree(half, tmp_path / "torn", symlinks=True)
@@ -319,7 +319,7 @@ def steps_saved(run: Path) -> list[str]:
 
 
 def fail_at(monkeypatch, *steps: int) -> None:
-    """Makes some steps those of a loss that is no number."""
+    """Makes some steps return a loss that is not a number."""
     step = Trainer.step
 
     def failing(self, batches, before_update):
@@ -332,7 +332,7 @@ def fail_at(monkeypatch, *steps: int) -> None:
     monkeypatch.setattr(Trainer, "step", failing)
 
 
-def test_steps_that_are_not_finite_are_counted_and_a_run_of_them_ends_the_run(corpus, tmp_path, monkeypatch, capsys):
+def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--data", "text.txt", *TINY_FLAGS, "--max_iters", "12", "--save_interval", "1", "--max_skipped", "3"]
     fail_at(monkeypatch, 2, 4, 5, 8, 9, 10)
@@ -359,7 +359,7 @@ def test_a_run_with_skipped_steps_is_resumed_exactly(corpus, tmp_path, monkeypat
         assert (tmp_path / "half/last" / name).read_bytes() == (tmp_path / "whole/last" / name).read_bytes()
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write, files_written = safetensors_file.write, []
 
@@ -385,7 +385,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(corpus, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(half, tmp_path, capsys, damage):
     whole = files(half / "last")
     path = half / "checkpoints/step-0000006/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -398,7 +398,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, tmp_path
     assert list(curve(half)) == [0, 3, 6]
 
 
-def test_changed_settings_are_said(half, capsys):
+def test_changed_settings_are_printed(half, capsys):
     main("--resume", "half", "--max_iters", "9", "--learning_rate", "0.02", "--dropout", "0.1", "--batch_size", "2")
     out = capsys.readouterr().out
     for line in (
@@ -467,7 +467,7 @@ def test_fine_tuning_is_resumed_exactly(half, corpus, tmp_path, how):
 
 @pytest.fixture
 def prepared(corpus, tmp_path, monkeypatch) -> Path:
-    """The corpus as shards."""
+    """The corpus, prepared as shards."""
     monkeypatch.chdir(tmp_path)
     args = ["text.txt", "--out", "prepared", "--tokenizer", "char", "--workers", "1", "--val_fraction", "0.1"]
     preparation.main(args)

@@ -44,7 +44,7 @@ FILES = {
 
 
 def trained(step: int = 7) -> tuple[GPT, TrainingState]:
-    """A model, and training state of it with no two arrays alike."""
+    """A model and its training state; no two arrays are equal."""
     model, optimizer = GPT(TINY), AdamW(TrainConfig(learning_rate=0.25, beta1=0.5, weight_decay=0.125))
     averages = {
         f"{average}.{name}": mx.random.uniform(shape=p.shape)
@@ -85,14 +85,14 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def resumable(tmp_path) -> Path:
-    """As the converter writes it, without sums."""
+    """A model directory with training state and without SHA256SUMS, as the converter writes it."""
     save(tmp_path / "seven", 7)
     shutil.copytree(at(tmp_path / "seven", 7), tmp_path / "model")
     (tmp_path / "model" / "SHA256SUMS").unlink()
     return tmp_path / "model"
 
 
-def test_there_and_back_to_the_bit(tmp_path):
+def test_a_checkpoint_restores_every_bit(tmp_path):
     model, state = trained()
     writer = Checkpoints(tmp_path, 1)
     writer.save(model, CHARS, state, False)
@@ -128,7 +128,7 @@ def test_the_sums_are_sha256sums(run):
         subprocess.run([program, "--check", "--strict", "SHA256SUMS"], cwd=run / "last", check=True)
 
 
-# ---- which are kept, and which is found ----
+# ---- which checkpoints are kept, and which one is found ----
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -147,7 +147,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path / "checkpoints") == ["step-0000005", "step-0000006"]
 
 
-def test_a_run_gone_back_from_leaves_nothing_later(run):
+def test_later_checkpoints_are_removed_when_a_run_was_resumed_at_an_earlier_step(run):
     save(run, 4, keep_last=2)
     assert names(run / "checkpoints") == ["step-0000003", "step-0000004", "step-0000006"]
     assert checkpoints.find(run) == (at(run, 4), [])
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(run):
     assert names(run / "checkpoints") == ["step-0000003", "step-0000006", "step-0000009"]
 
 
-def test_what_a_path_names(run, resumable, monkeypatch):
+def test_the_checkpoint_that_a_path_names(run, resumable, monkeypatch):
     assert checkpoints.find(run) == (at(run, 9), [])
     assert checkpoints.find(run / "last") == (at(run, 9), [])
     assert checkpoints.find(run / "best") == (at(run, 6), [])
@@ -180,10 +180,10 @@ def test_what_a_path_names(run, resumable, monkeypatch):
             checkpoints.find(nothing)
 
 
-def test_a_checkpoint_whose_link_was_not_turned_yet(run):
+def test_a_checkpoint_that_no_link_points_to_yet_is_found(run):
     (run / "last").unlink()
     assert checkpoints.find(run)[0] == at(run, 9)
-    (run / "last").symlink_to("checkpoints/step-0000007")  # which is gone
+    (run / "last").symlink_to("checkpoints/step-0000007")  # which is not there
     assert checkpoints.find(run)[0] == at(run, 6)
 
 
@@ -232,7 +232,7 @@ def test_a_newer_version_s_checkpoint_is_refused_and_not_passed_over(run):
         checkpoints.find(run)
 
 
-# ---- whatever happens meanwhile ----
+# ---- what may happen while a checkpoint is written ----
 
 SAVER = """
 import os, sys
@@ -267,7 +267,7 @@ for line in sys.stdin:  # a process for each, without importing everything again
 
 
 def require_one_state(directory: Path) -> int:
-    """That of a step, whole -> the step."""
+    """Checks that a checkpoint is whole and all of it is of one step -> the step."""
     assert checkpoints.find_damage(directory) is None
     record = training_state.load_training_record(directory)
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -277,7 +277,7 @@ def require_one_state(directory: Path) -> int:
     return record["step"]
 
 
-def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
+def test_a_whole_checkpoint_is_left_whenever_the_run_is_killed(tmp_path):
     delays, latest, leftovers = random.Random(5), 0, 0
     with (
         subprocess.Popen(
@@ -317,7 +317,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
     assert not [path for path in tmp_path.rglob(".*")]
 
 
-def test_a_reader_never_sees_half_of_one(tmp_path):
+def test_a_reader_never_sees_half_a_checkpoint(tmp_path):
     save(tmp_path, 1, best=1)
     stop, seen = threading.Event(), []
 
@@ -388,7 +388,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, overta
         assert not np.array_equal(expected["wte.weight"], trainer.model.wte.weight)
 
 
-def test_steps_that_overtake_one_checkpoint_leave_it_as_it_was(tmp_path, monkeypatch):
+def test_steps_taken_before_a_checkpoint_is_written_do_not_change_it(tmp_path, monkeypatch):
     write, go_on = safetensors_file.write, threading.Event()
     monkeypatch.setattr(safetensors_file, "write", lambda *args: (go_on.wait(60), write(*args)))
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
@@ -410,7 +410,7 @@ def test_steps_that_overtake_one_checkpoint_leave_it_as_it_was(tmp_path, monkeyp
     assert not np.array_equal(model.wte.weight, before["wte.weight"])
 
 
-def test_a_full_disk_leaves_the_last_one_and_stops_with_a_line(run):
+def test_a_full_disk_keeps_the_last_checkpoint_and_is_one_error(run):
     writer = Checkpoints(run, 9)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # a file that can't grow fails as one on a full disk does
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
@@ -434,7 +434,7 @@ def test_a_full_disk_leaves_the_last_one_and_stops_with_a_line(run):
 
 
 @pytest.mark.parametrize("name", ["rename", "symlink", "fsync", "mkdir"])
-def test_a_lost_permission_leaves_the_last_one(run, monkeypatch, name):
+def test_a_lost_permission_keeps_the_last_checkpoint(run, monkeypatch, name):
     writer = Checkpoints(run, 9)
 
     def denied(*args, **options):
@@ -450,7 +450,7 @@ def test_a_lost_permission_leaves_the_last_one(run, monkeypatch, name):
     assert not [path for path in run.rglob(".*") if path.is_dir() and not path.is_symlink()]
 
 
-def test_a_run_that_is_removed_meanwhile_is_not_made_again(tmp_path):
+def test_a_directory_that_is_removed_is_not_made_again(tmp_path):
     (tmp_path / "run").mkdir()
     writer = Checkpoints(tmp_path / "run", 2)
     (tmp_path / "run").rmdir()
@@ -460,7 +460,7 @@ def test_a_run_that_is_removed_meanwhile_is_not_made_again(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_killed_run_left_is_put_right(run):
+def test_what_a_killed_run_left_unfinished_is_removed_or_completed(run):
     shutil.copytree(at(run, 9), run / "checkpoints" / ".step-0000012.1.tmp")
     (run / ".last.1.tmp").symlink_to("checkpoints/step-0000012")
     os.rename(at(run, 9), run / "checkpoints" / ".step-0000009.1.old")  # while it was being replaced
@@ -472,8 +472,8 @@ def test_what_a_killed_run_left_is_put_right(run):
     assert checkpoints.find(run) == (at(run, 9), [])
 
 
-def test_what_the_sums_do_not_list_is_no_training_state(run):
-    """As when a run is killed between the two."""
+def test_training_state_that_the_sums_do_not_list_is_ignored(run):
+    """A run that is killed between rewriting the list and removing the files leaves them so."""
     path = at(run, 6) / "SHA256SUMS"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(s for s in lines if "training" not in s and "optimizer" not in s))
@@ -500,7 +500,7 @@ def old(run, tmp_path) -> Path:
     return tmp_path / "old"
 
 
-def test_an_earlier_version_s_run_is_read_and_gone_on_with(old):
+def test_a_run_of_an_earlier_version_is_read_and_continued(old):
     assert checkpoints.find(old) == checkpoints.find(old / "last") == (old / "last", [])
     assert training_state.load_training_record(old / "last")["progress"] == {}
     assert checkpoints.run_of(old / "last") == old

@@ -36,7 +36,7 @@ def corpus(tmp_path, monkeypatch) -> None:
 
 
 def start(ranks: Sequence[Sequence[str]], hostfile: str = "hosts.json") -> list[subprocess.Popen]:
-    """Python with the arguments of each rank, on ports of the loopback that are free."""
+    """Starts Python with the arguments of each rank; the ranks meet on free ports of the loopback."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in ranks]
     Path(hostfile).write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
     for s in sockets:
@@ -52,7 +52,7 @@ def start(ranks: Sequence[Sequence[str]], hostfile: str = "hosts.json") -> list[
 
 
 def finish(processes: Sequence[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
-    """What each has written, all read at once, since one whose pipe is full holds up the others."""
+    """Waits for all processes and returns what they wrote. All are read at once: one whose pipe is full would block."""
     results: dict[int, subprocess.CompletedProcess] = {}
 
     def wait(rank: int, process: subprocess.Popen) -> None:
@@ -87,7 +87,7 @@ def files(directory: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("batch_size", "micro_batches", "size"), [(3, 4, 2), (4, 3, 2), (4, 1, 4), (1, 4, 4), (5, 2, 1)]
 )
-def test_shares_are_all_windows_once_and_alike(batch_size, micro_batches, size):
+def test_the_ranks_share_all_windows_once_and_equally(batch_size, micro_batches, size):
     shares = [distributed.rank_windows(batch_size, micro_batches, rank, size) for rank in range(size)]
     assert len({tuple(map(len, share)) for share in shares}) == 1
     windows = list(itertools.chain(*itertools.chain(*shares)))
@@ -101,7 +101,7 @@ def test_a_step_that_cannot_be_shared_is_refused():
         distributed.rank_windows(6, 3, 0, 4)
 
 
-def test_a_process_that_was_not_launched_is_a_group_of_its_own(monkeypatch):
+def test_a_process_without_a_launcher_is_a_group_of_one(monkeypatch):
     monkeypatch.delitem(sys.modules, "mlxgpt.training.watch", raising=False)
     with distributed.join_group() as group:
         assert (group.rank, group.size, group.any(True), group.any(False)) == (0, 1, True, False)
@@ -206,7 +206,7 @@ def test_the_ranks_train_as_one_process_does(one_process, size):
     assert first[4] == f"lr is 0.2 on rank 1 ({host}), but 0.1 on rank 0 ({host})"
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(capsys):
+def test_a_run_is_resumed_with_another_number_of_ranks(capsys):
     train.main([*FLAGS, "--out_dir", "whole", "--max_iters", "6"])
     first = launch(*[[*COMMAND, *FLAGS, "--out_dir", "run", "--max_iters", "2"]] * 2)
     assert [r.returncode for r in first] == [0, 0], first
@@ -219,7 +219,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(capsys):
     assert {step for _, step in curve("run")} == set(range(7))
 
 
-def test_mlx_launch_starts_it():
+def test_mlx_launch_starts_the_ranks():
     flags = [*FLAGS, "--out_dir", "run", "--max_iters", "2", "--gradient_accumulation_steps", "2"]
     port = socket.create_server(("127.0.0.1", 0))
     number = port.getsockname()[1]
@@ -280,7 +280,7 @@ with distributed.join_group() as group:
 
 
 @pytest.mark.parametrize(("victim", "number"), [(0, "KILL"), (1, "KILL"), (2, "KILL"), (1, "STOP")])
-def test_a_rank_that_dies_ends_the_others_by_its_name(victim, number):
+def test_a_rank_that_dies_is_named_and_ends_the_others(victim, number):
     processes = start([["-c", LOOP_SCRIPT, "30" if number == "KILL" else "2"]] * 3)
     for process in processes:
         assert process.stdout.readline() == "runs\n"
@@ -300,7 +300,7 @@ def test_a_rank_that_dies_ends_the_others_by_its_name(victim, number):
         assert Path(f"farewell{rank}").exists()
 
 
-def test_a_rank_that_never_comes_ends_the_others():
+def test_a_rank_that_never_starts_ends_the_others():
     script = "from mlxgpt.training import distributed, watch; watch.START = 0.5; distributed.join_group()"
     (result, _) = launch(["-c", script], ["-c", ""])
     assert result.returncode != 0

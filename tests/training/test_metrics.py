@@ -15,7 +15,7 @@ def written(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_metrics_go_on_where_a_checkpoint_was(tmp_path):
+def test_metrics_continue_at_the_step_of_a_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path)
     for step in (1, 5, 10):
@@ -95,7 +95,7 @@ def test_curves_over_tokens_and_seconds():
 
 
 def losses(n: int, seed: int = 0) -> np.ndarray:
-    """As of a run: falling from 4 to 2, with the noise of small batches."""
+    """The losses of a made-up run: falling from 4 to 2, with the noise of small batches."""
     return 2 + 2 * np.exp(-np.arange(n) / 150) + np.random.default_rng(seed).normal(0, 0.06, n)
 
 
@@ -115,14 +115,14 @@ def test_spikes_are_found_one_after_another():
     assert not any(Spikes(0.0).add(float(loss)) for loss in values)
 
 
-def test_a_loss_that_has_risen_for_good_is_no_spike_forever():
+def test_a_loss_that_has_risen_for_good_stops_being_a_spike():
     spikes = Spikes(6.0)
     seen = [spikes.add(float(loss)) is not None for loss in [*losses(500), *(losses(500) + 4.0)]]
     assert 3 < sum(seen[500:]) < 60
     assert not any(seen[600:])
 
 
-def test_a_loss_that_stands_still_or_is_nan():
+def test_a_constant_loss_has_no_spike_and_nan_is_ignored():
     spikes = Spikes(6.0)
     for _ in range(100):
         assert spikes.add(1.5) is None
@@ -134,7 +134,7 @@ def test_a_loss_that_stands_still_or_is_nan():
     assert spikes.add(1.6) > 6
 
 
-def test_spikes_go_on_from_a_state():
+def test_spikes_continue_from_a_saved_state():
     values = losses(300)
     values[250] += 3
     whole, half = Spikes(6.0), Spikes(6.0)

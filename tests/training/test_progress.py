@@ -32,7 +32,7 @@ def text_console(**options) -> Console:
     return Console(file=io.StringIO(), **options)
 
 
-def test_progress_leaves_pauses_out_and_counts_those_to_come(clock):
+def test_the_speed_leaves_pauses_out_and_the_eta_counts_the_ones_to_come(clock):
     out = text_console(width=100)
     progress = Progress(
         out, 100, 300, 1000, eval_interval=50, flops_per_token=2e6, peak_flops=1e10, tokens=7, seconds=3.0
@@ -62,7 +62,7 @@ def test_progress_leaves_pauses_out_and_counts_those_to_come(clock):
     ("step", "evaluations"), [(1, 3), (49, 3), (50, 3), (51, 2), (100, 2), (101, 1), (119, 1), (120, 1)]
 )
 def test_evaluations_to_come(clock, step, evaluations):
-    """After steps 50, 100 and 120, the last."""
+    """Evaluations come after steps 50, 100 and 120, the last."""
     out = text_console(width=100)
     progress = Progress(out, 0, 120, 1, eval_interval=50)
     with progress.paused():
