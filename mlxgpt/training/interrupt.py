@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin as a request that training answers when it can."""
+"""Signals that ask training to stop, which it does after the step that it is in."""
 
 from __future__ import annotations
 

@@ -139,29 +139,31 @@ def find_origin(given: Mapping[str, Any]) -> tuple[Origin | None, dict[str, Any]
     A run that is resumed but has no checkpoint yet begins where its own settings say. FileNotFoundError, ValueError,
     cli.UsageError.
     """
-    init_from, resume = (Path(str(given[name])).expanduser() if given.get(name) else None for name in _ORIGINS)
+    init_from, resume = given.get("init_from"), given.get("resume")
     if init_from and resume:
         raise cli.UsageError("init_from and resume are both given, expected one of them")
-    if resume and _has_no_checkpoint(resume):
-        settings = read_toml(str(resume / "settings.toml")) | {"out_dir": str(resume), "overwrite": True}
+    if not (init_from or resume):
+        return None, {}
+    path = Path(str(init_from or resume)).expanduser()
+    if resume and _has_no_checkpoint(path):
+        settings = read_toml(str(path / "settings.toml")) | {"out_dir": str(path), "overwrite": True}
         origin, inherited = find_origin(settings)
         return origin, {**inherited, **settings}
-    if resume:
-        path, damaged = checkpoints.find(resume)
-        record = training_state.load_training_record(path)
-        from_dict(TrainConfig, record["settings"], source=str(path / training_state.TRAINING))
-        shape, text = model_directory.load_config(path), tokenizer.load(path)
-        origin = Origin(path, shape, text, record, tuple(damaged))
-    elif init_from:
-        found = foreign.start(init_from)
-        path = found.directory or init_from
-        origin = Origin(path, found.config, found.tokenizer, load=found.load, directory=found.directory)
-    else:
-        return None, {}
-    return origin, origin.settings()
+    found = _find_checkpoint(path) if resume else _find_model(path)
+    return found, found.settings()
 
 
-_ORIGINS = ("init_from", "resume")
+def _find_checkpoint(path: Path) -> Origin:
+    directory, damaged = checkpoints.find(path)
+    record = training_state.load_training_record(directory)
+    from_dict(TrainConfig, record["settings"], source=str(directory / training_state.TRAINING))
+    shape, text = model_directory.load_config(directory), tokenizer.load(directory)
+    return Origin(directory, shape, text, record, tuple(damaged))
+
+
+def _find_model(path: Path) -> Origin:
+    found = foreign.start(path)
+    return Origin(found.directory or path, found.config, found.tokenizer, load=found.load, directory=found.directory)
 
 
 def _has_no_checkpoint(run: Path) -> bool:

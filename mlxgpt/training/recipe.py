@@ -16,7 +16,7 @@ class TrainConfig:
     """Train a GPT on text. With no arguments: a small model on Python's own standard library."""
 
     preset: str = ""
-    """the set of defaults for the other settings: cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl;
+    """the defaults of the other settings: cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl;
     unset, cpu on the CPU and shakespeare-char on the GPU"""
     config: str = ""
     """a TOML file with any of these settings; the command line wins over it"""

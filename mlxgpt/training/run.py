@@ -135,7 +135,7 @@ class Run:
                 with progress.paused():
                     self._evaluate()
             for step in range(self.first_step + 1, config.max_iters + 1):
-                loss = self.trainer.step(batches_of(step), self._before_arrays_change)
+                loss = self.trainer.step(batches_of(step), before_update=self._before_arrays_change)
                 self._unread.append((step, loss, self.trainer.norm))
                 stop = self.group.any(interrupt.asked)
                 self._after_step(step, stop, progress)
