@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from mlxgpt.training.metrics import History, Metrics, Spikes
+from mlxgpt.training.metrics import History, LossMonitor, Metrics, Spikes
 
 
 def written(path) -> list[dict]:
@@ -144,3 +144,16 @@ def test_spikes_continue_from_a_saved_state():
     assert got + [other.add(float(loss)) for loss in values[40:]] == expected
     assert expected[250]
     assert other.state == whole.state
+
+
+def test_skipped_steps_are_counted_in_a_row_and_left_out_of_the_mean():
+    monitor = LossMonitor(6.0, {})
+    assert monitor.take_mean() is None
+    events = [monitor.add(loss, norm) for loss, norm in ((2.0, 1.0), (math.nan, 1.0), (3.0, math.inf))]
+    assert events == [None, {"event": "skipped", "in_row": 1}, {"event": "skipped", "in_row": 2}]
+    other = LossMonitor(6.0, json.loads(json.dumps(monitor.state)))
+    assert (other.skipped_in_row, other.since_log) == (2, [2.0])
+    assert other.add(4.0, 0.5) is None
+    assert (other.skipped_in_row, other.grad_norm) == (0, 0.5)
+    assert other.take_mean() == 3.0
+    assert other.take_mean() is None
