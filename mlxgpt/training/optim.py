@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,6 @@ class AdamW(mlx.optimizers.Adam):
         self.weight_decay = config.weight_decay
         self._own: list[mx.array] = []  # weights that own_weights made, and their averages
         self._own_state: dict | None = None
-        self.before_update: Callable[[], None] = lambda: None  # of arrays in place, for who still reads them
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         if parameter.ndim >= 2:
@@ -58,7 +56,6 @@ class AdamW(mlx.optimizers.Adam):
         Arrays are in order of the model's parameters, and the weights those of own_weights(). Where the norm is not
         finite they stay as they were, and the state too.
         """
-        self.before_update()
         step = int(self.step.item()) + 1
         norm = kernels.adamw(
             weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],

@@ -70,9 +70,11 @@ class Trainer:
         self._in_place = kernels.available(compute)
         self._gradients: list[mx.array] = []
 
-    def step(self, batches: Sequence[Batch]) -> mx.array:
+    def step(self, batches: Sequence[Batch], before_update: Callable[[], None] = lambda: None) -> mx.array:
         """One optimizer step on the mean gradient of some micro-batches, all ranks' together -> their mean loss, a
         scalar.
+
+        `before_update` is called right before the model's and the optimizer's arrays are changed in place.
 
         Where that or the gradient's norm is not finite, weights and optimizer stay as they were: the step is skipped.
         """
@@ -81,7 +83,7 @@ class Trainer:
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
         self.steps += 1
         if self._in_place:
-            return self._step_in_place(batches)
+            return self._step_in_place(batches, before_update)
         loss, gradients = self._gradient_of(0, batches[0])
         for n, batch in enumerate(batches[1:], 1):
             mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
@@ -106,7 +108,7 @@ class Trainer:
             place = self.config.seed, self.steps, self.group.rank + n * self.group.size
             mx.random.seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
-    def _step_in_place(self, batches: Sequence[Batch]) -> mx.array:
+    def _step_in_place(self, batches: Sequence[Batch], before_update: Callable[[], None]) -> mx.array:
         """The same on the CPU's kernels, in memory that is kept from step to step."""
         weights = self.optimizer.own_weights(self.model)
         if not self._gradients:
@@ -121,6 +123,7 @@ class Trainer:
         loss, gradients = self.group.average((mean, self._gradients))
         norm = math.nan
         if math.isfinite(float(loss)):
+            before_update()
             norm = self.optimizer.update_in_place(weights, gradients, self.config.grad_clip)
         self.norm = mx.array(norm, mx.float64)  # it may be finite where a float32 is not
         return loss

@@ -12,10 +12,11 @@ from adapted_models import ALL, BATCH, SHAPE, TOKENIZER, X, adapted, base_model,
 from mlx.utils import tree_unflatten
 
 from mlxgpt import convert
-from mlxgpt.formats import adapters, model_directory, sources, training_state
+from mlxgpt.formats import adapters, model_directory, sources
 from mlxgpt.model import lora
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
+from mlxgpt.training import checkpoints
 from mlxgpt.training.recipe import TrainConfig
 from mlxgpt.training.trainer import Trainer
 
@@ -31,10 +32,10 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_resumed(cpu_backend,
     model = adapted("mlp.c_fc,attn.c_attn", base=base)
     trainer, _ = train(model, 3)
     saved = {n: np.array(p) for n, p in model.named_weights().items()}
-    checkpoints = training_state.Checkpoints(tmp_path, 1)
-    checkpoints.save(model, TOKENIZER, training_state.TrainingState(trainer.optimizer, 3, None, {}), best=False)
-    checkpoints.wait()
-    assert training_state.find_damage(tmp_path / "last") is None
+    writer = checkpoints.Checkpoints(tmp_path, 1)
+    writer.save(model, TOKENIZER, checkpoints.TrainingState(trainer.optimizer, 3, None, {}), best=False)
+    writer.wait()
+    assert checkpoints.find_damage(tmp_path / "last") is None
     assert sorted(p.name for p in (tmp_path / "last").iterdir()) == [
         "SHA256SUMS", "adapter_base.json", "adapter_config.json", "adapter_model.safetensors", "config.json",
         "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json",
@@ -45,7 +46,7 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_training_resumed(cpu_backend,
     for name, p in other.named_weights().items():
         np.testing.assert_array_equal(np.array(p), saved[name], err_msg=name)
     resumed = Trainer(other, TrainConfig(learning_rate=1e-2, warmup_iters=0, model=SHAPE))
-    training_state.load_training_state(tmp_path / "last", other, resumed.optimizer)
+    checkpoints.restore_optimizer(tmp_path / "last", other, resumed.optimizer)
     resumed.steps = 3
     assert [resumed.step([BATCH]).item() for _ in range(3)] == expected
     assert other.lora == model.lora

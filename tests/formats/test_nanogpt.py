@@ -8,8 +8,9 @@ from conversion import converted, spread
 from golden import GOLDEN
 from random_models import logits_of
 
-from mlxgpt.formats import hugging_face, model_directory, sources, training_state
+from mlxgpt.formats import hugging_face, model_directory, sources
 from mlxgpt.training import trainer as training
+from mlxgpt.training.checkpoints import restore_optimizer
 from mlxgpt.training.recipe import TrainConfig
 
 
@@ -119,7 +120,7 @@ def test_training_goes_on_where_pytorch_stopped(tmp_path):
     config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=0.0, decay_lr=False,
                          warmup_iters=0, model=model_directory.load_config(directory))  # fmt: skip
     trainer = training.Trainer(model_directory.load_model(directory), config)
-    training_state.load_training_state(directory, trainer.model, trainer.optimizer)
+    restore_optimizer(directory, trainer.model, trainer.optimizer)
     for seed in range(5):
         x, y = np.random.default_rng(seed).integers(0, shape["vocab_size"], (2, 3, shape["block_size"]), np.int32)
         loss = model.loss(torch.tensor(x, dtype=torch.long), torch.tensor(y, dtype=torch.long))

@@ -13,6 +13,7 @@ from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
+from mlxgpt.training.checkpoints import restore_optimizer
 from mlxgpt.training.optim import learning_rate
 from mlxgpt.training.recipe import TrainConfig
 
@@ -170,7 +171,7 @@ def test_training_goes_on_where_pytorch_stopped(options, tmp_path):
     (tmp_path / "m" / training_state.TRAINING).write_bytes(record)
 
     trainer = training.Trainer(checkpoint.load_model(tmp_path / "m"), config)
-    trainer.steps = training_state.load_training_state(tmp_path / "m", trainer.model, trainer.optimizer)["step"]
+    trainer.steps = restore_optimizer(tmp_path / "m", trainer.model, trainer.optimizer)["step"]
     losses = [trainer.step([batch]).item() for batch in batches[20:]]
     expected = torch_gpt.train(theirs, batches[20:], rates[20:], optimizer)
     assert np.abs(np.array(losses) - expected).max() < 1e-5
