@@ -18,9 +18,8 @@ from .common.console import duration_text, say
 from .common.settings import from_dict, read_toml, settings
 from .model.config import GPTConfig
 from .model.gpt import GPT
-from .training import metrics as report
 from .training import plot
-from .training.metrics import History
+from .training.metrics import METRICS, History
 
 IN_TERMINAL = 6  # runs that a terminal's colours tell apart
 
@@ -30,13 +29,13 @@ class CompareConfig:
     """Show the losses of training runs side by side: a picture, a table and a curve in the terminal."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")] = ()
-    """directories that training wrote"""
+    """the directories of runs, as training writes them"""
     out: str = "compare.png"
     """the picture"""
     x: Literal["step", "tokens", "seconds"] = "step"
-    """what losses are drawn over: optimizer steps, tokens trained on, or seconds of training"""
+    """the horizontal axis: optimizer steps, tokens trained on, or seconds of training"""
     log: bool = False
-    """draw losses on a logarithmic scale"""
+    """draw the losses on a logarithmic scale"""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -48,14 +47,14 @@ class CompareConfig:
 @dataclass(frozen=True)
 class _Run:
     history: History
-    settings: Mapping[str, Any]  # by their flat names; none where settings.toml is gone
+    settings: Mapping[str, Any]  # by their flat names; empty where settings.toml is missing
 
     @classmethod
     def read(cls, path: Path, x: str) -> _Run:
-        """FileNotFoundError, ValueError for what can't be drawn over x."""
+        """Reads a run's directory. FileNotFoundError; ValueError for a run whose losses can't be drawn over x."""
         if not path.is_dir():
             raise FileNotFoundError(f"there is no directory {path}")
-        metrics, toml = path / report.METRICS, path / "settings.toml"
+        metrics, toml = path / METRICS, path / "settings.toml"
         if not metrics.exists():
             raise FileNotFoundError(f"{path} is not a training run: it has no {metrics.name}")
         history = History.read(metrics)
@@ -71,22 +70,22 @@ class _Run:
 
 
 def differences(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each run the settings that others have otherwise: "learning_rate 0.001, n_layer 4"."""
+    """For each run the values of the settings in which the runs differ: "learning_rate 0.001, n_layer 4"."""
     known = [values for values in all_settings if values]
-    names = [name for name in dict.fromkeys(name for values in known for name in values) if name not in _OWN]
+    names = [name for name in dict.fromkeys(name for values in known for name in values) if name not in _NOT_COMPARED]
     differing = [name for name in names if any(values.get(name) != known[0].get(name) for values in known)]
     return [", ".join(f"{name} {values[name]}" for name in differing if name in values) for values in all_settings]
 
 
-# Settings that say nothing of what is trained.
-_OWN = {
+# Settings that have no effect on what is trained.
+_NOT_COMPARED = {
     "out_dir", "overwrite", "preset", "tensorboard", "wandb",
     "eval_interval", "log_interval", "sample_tokens", "save_interval", "keep_last",
 }  # fmt: skip
 
 
 def table(runs: Mapping[str, _Run]) -> Table:
-    """How far, how well and how fast the runs are, best first."""
+    """A row for each run: its size, how far it has come, how good it is, and how fast."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     grid.add_column("run", overflow="fold", min_width=8)
     for column in ("params", "steps", "tokens", "val loss", "at step", "tokens/s", "MFU", "time"):
@@ -128,7 +127,7 @@ def main(args: Sequence[str]) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out: there is no directory {out.parent}")
     paths = list(dict.fromkeys(map(Path, config.runs)))
-    short = len({path.name for path in paths}) == len(paths)  # names that tell them apart
+    short = len({path.name for path in paths}) == len(paths)  # whether names alone tell them apart
     given = {path.name if short else str(path): _Run.read(path.expanduser(), config.x) for path in paths}
     runs = dict(sorted(given.items(), key=_by_loss))
     histories = {name: run.history for name, run in runs.items()}

@@ -5,12 +5,9 @@ python scripts/convert_weights.py SRC DST [--to mlxgpt|nanogpt|gguf|safetensors]
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,21 +15,15 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)  # fmt: skip
 from rich.table import Table
 
-from .common import cli
+from .common import cli, disk
+from .common.console import progress
 from .common.settings import require, require_at_least
-from .formats import foreign as convert
-from .formats import gguf_file, safetensors_file
-from .formats import model_directory as checkpoint
+from .formats import gguf_file, gpt2, hugging_face, nanogpt, safetensors_file, sources
+from .formats.foreign import ForeignModel
+from .formats.quantized import GROUP_SIZE
+from .formats.tensors import reporting
 
 
 @dataclass(frozen=True)
@@ -48,17 +39,17 @@ class ConvertConfig:
     """mlxgpt: a model directory, which is a Hugging Face GPT-2; nanogpt: its ckpt.pt; gguf: for llama.cpp;
     safetensors: one file"""
     dtype: Literal["same", "float32", "float16", "bfloat16"] = "same"
-    """of the weights; same as in the source"""
+    """type of the weights; `same` keeps the source's"""
     block_size: int | None = None
-    """crop to so many positions"""
+    """number of positions to keep, from the first on; unset, all of them"""
     quantize: Literal[0, 4, 8] = 0
-    """bits of the matrices in groups of 64, as mlx_lm reads them; 0 does not quantize"""
+    """bits of a weight in quantized matrices, in groups of 64, as mlx_lm reads them; 0 does not quantize"""
     meta: str = ""
     """nanoGPT's meta.pkl with the characters; unset, the one beside ckpt.pt"""
     n_head: int = 0
-    """heads, for a file that doesn't say; 0 supposes head_dim = 64"""
+    """number of heads, for a file that doesn't say it; 0 supposes head_dim = 64"""
     force: bool = False
-    """replace a destination that is there"""
+    """replace a destination that is there already"""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "n_head")
@@ -68,90 +59,59 @@ class ConvertConfig:
 
 
 def main(args: Sequence[str]) -> None:
+    """Runs the converter. cli.UsageError, ValueError and OSError in one line."""
     config = cli.parse(ConvertConfig, args, "convert_weights")
-    console = Console(stderr=True)
     source, destination = Path(config.source).expanduser(), Path(config.destination).expanduser()
-    _refuse_what_is_there(destination, config)
+    _require_replaceable(destination, config)
     meta = Path(config.meta).expanduser() if config.meta else None
-    model = convert.read(source, meta, config.n_head)
+    model = sources.read_model(source, meta, config.n_head)
     if config.block_size:
-        model = convert.cropped(model, config.block_size)
+        model = model.cropped(config.block_size)
     if config.dtype != "same":
-        model = convert.with_dtype(model, config.dtype)
+        model = model.with_dtype(config.dtype)
     model.notes += _warnings(model, config)
     start = time.perf_counter()
+    n_bytes = sum(t.nbytes for t in (*model.tensors.values(), *model.averages.values()))
     try:
-        with _appearing(destination) as temporary, _progress(model, console) as done:
-            _write(temporary, model, config, destination.stem, done)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with disk.appearing(destination) as temporary, progress("", n_bytes, in_bytes=True) as advance:
+            _write(temporary, model, config, destination.stem, advance)
     except OSError as error:  # it would name the temporary file, or none
         raise OSError(f"{destination} can't be written: {error.strerror or error}") from None
-    _summary(console, model, config, time.perf_counter() - start)
+    _summary(model, config, time.perf_counter() - start)
 
 
-def _write(
-    path: Path, model: convert.Checkpoint, config: ConvertConfig, name: str, done: Callable[[int], None]
-) -> None:
+def _write(path: Path, model: ForeignModel, config: ConvertConfig, name: str, done: Callable[[int], None]) -> None:
+    """Writes a model in the form that --to names; `done` is told of each tensor's bytes."""
     if config.to == "mlxgpt":
-        convert.write_directory(path, model, config.quantize, done)
+        hugging_face.write(path, model, config.quantize, done)
     elif config.to == "nanogpt":
-        convert.write_nanogpt(path, model, done)
+        nanogpt.write(path, model, done)
     elif config.to == "safetensors":
-        safetensors_file.write(path, convert.hugging_face_tensors(model), done)
+        safetensors_file.write(path, hugging_face.tensors_of(model), done)
     else:
-        convert.write_gguf(path, model, name, done)
+        gguf_file.write(path, model.config, reporting(model.tensors, done), model.read_tokenizer(), name)
 
 
-def _refuse_what_is_there(destination: Path, config: ConvertConfig) -> None:
+def _require_replaceable(destination: Path, config: ConvertConfig) -> None:
+    """ValueError for a destination that is there, unless --force is given and it is what the converter writes."""
     if not destination.exists():
         return
     if not config.force:
         raise ValueError(f"{destination} is there already: say --force to replace it")
-    ours = ("config.json", "ckpt.pt")
+    products = (gpt2.CONFIG, nanogpt.CHECKPOINT)  # one of them lies in each directory that is written
     is_directory = config.to in ("mlxgpt", "nanogpt")
     if destination.is_dir() != is_directory or (
-        is_directory and any(destination.iterdir()) and not any((destination / name).exists() for name in ours)
+        is_directory and any(destination.iterdir()) and not any((destination / name).exists() for name in products)
     ):
         raise ValueError(f"{destination} is not what --to {config.to} writes, and is not replaced")
 
 
-@contextlib.contextmanager
-def _appearing(destination: Path) -> Iterator[Path]:
-    """A path to write to, which takes the destination's place when all went well."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
-    try:
-        yield temporary
-        if destination.exists():  # what is new is on the disk before what is old goes
-            for path in temporary.iterdir() if temporary.is_dir() else (temporary,):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        if destination.is_dir():  # a directory can't be renamed over one that is not empty
-            os.rename(destination, old)
-        try:
-            os.replace(temporary, destination)
-        except OSError:
-            if old.exists():
-                os.rename(old, destination)
-            raise
-    finally:
-        for path in (temporary, old):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _progress(model: convert.Checkpoint, console: Console) -> Iterator[Callable[[int], None]]:
-    total = sum(t.nbytes for t in (*model.tensors.values(), *model.averages.values()))
-    columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda n: progress.advance(task, n)
-
-
-def _warnings(model: convert.Checkpoint, config: ConvertConfig) -> list[str]:
+def _warnings(model: ForeignModel, config: ConvertConfig) -> list[str]:
+    """What a person should know of the destination: a line each."""
     notes = []
     if config.to == "gguf":
-        notes += gguf_file.warnings(model.config, convert.tokenizer_of(model))
+        notes += gguf_file.warnings(model.config, model.read_tokenizer())
     if config.quantize and model.config.activation == "gelu":
         notes.append("mlx_lm computes GPT-2's tanh GELU, and this model has the exact one: logits differ a little")
     if config.quantize and not model.config.tied_head:
@@ -165,39 +125,36 @@ def _warnings(model: convert.Checkpoint, config: ConvertConfig) -> list[str]:
     return notes
 
 
-def _summary(console: Console, model: convert.Checkpoint, config: ConvertConfig, seconds: float) -> None:
-    n = sum(math.prod(t.shape) for t in model.tensors.values())
+def _summary(model: ForeignModel, config: ConvertConfig, seconds: float) -> None:
+    """Prints what was converted, as a table on standard error."""
+    shape, n = model.config, sum(math.prod(t.shape) for t in model.tensors.values())
+    activation, head = "tanh" if shape.activation == "gelu_new" else "exact", ", a head of its own"
     size = sum(t.nbytes for t in model.tensors.values())
-    if config.quantize:  # of which less was written
-        size = (Path(config.destination).expanduser() / checkpoint.WEIGHTS).stat().st_size
+    quantized = ""
+    if config.quantize:  # fewer bytes were written than the model has
+        size = (Path(config.destination).expanduser() / gpt2.WEIGHTS).stat().st_size
+        quantized = f", {config.quantize}-bit groups of {GROUP_SIZE}"
     rows = [
         ("source", f"{config.source}: {model.source}"),
-        ("model", f"{model.config.n_layer} layers, {model.config.n_head} heads, {model.config.n_embd} wide, "
-         f"{model.config.block_size} positions, vocabulary {model.config.vocab_size}, "
-         f"{'' if model.config.bias else 'no '}biases, {'tanh' if model.config.activation == 'gelu_new' else 'exact'} "
-         f"GELU{'' if model.config.tied_head else ', a head of its own'}"),
+        ("model", f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, {shape.block_size} positions, "
+         f"vocabulary {shape.vocab_size}, {'' if shape.bias else 'no '}biases, {activation} GELU"
+         f"{'' if shape.tied_head else head}"),
         ("tensors", f"{len(model.tensors)}, {n:,} parameters, {model.dtype}"),
         ("optimizer", f"AdamW's averages after {model.training['step']} steps" if model.averages else "none"),
         ("tokenizer", ", ".join(model.tokenizer_files) or "none"),
     ]  # fmt: skip
-    reasons: dict[str, list[str]] = {}
-    for name, reason in model.dropped.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
+    names_of: dict[str, list[str]] = {}
+    for name, reason in model.left_out.items():
+        names_of.setdefault(reason, []).append(name)
+    for reason, names in names_of.items():
         more = f" and {len(names) - 1} more" if names[1:] else ""
         rows.append(("left out", f"{names[0]}{more}: {reason}"))
     rows += [("note", note) for note in model.notes]
-    quantized = f", {config.quantize}-bit groups of {convert.GROUP_SIZE}" if config.quantize else ""
-    rows.append(
-        (
-            "written",
-            f"{config.destination} ({config.to}{quantized}), {size / 1e6:,.0f} MB of weights in {seconds:.1f} s",
-        )
-    )
+    written = f"{config.destination} ({config.to}{quantized}), {size / 1e6:,.0f} MB of weights in {seconds:.1f} s"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for row in rows:
+    for row in [*rows, ("written", written)]:
         table.add_row(*map(escape, row))
-    console.print(table)
+    Console(stderr=True).print(table)
 
 
 if __name__ == "__main__":

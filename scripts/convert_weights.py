@@ -3,8 +3,8 @@
 python scripts/convert_weights.py SRC DST [--to mlxgpt|nanogpt|gguf|safetensors]
 """
 
-from mlxgpt import convert as convert_weights
+from mlxgpt import convert
 from mlxgpt.common import cli
 
 if __name__ == "__main__":
-    cli.run("convert_weights", convert_weights.main)
+    cli.run("convert_weights", convert.main)

@@ -1,10 +1,10 @@
-"""Trains a small GPT here and in PyTorch, from the same weights on the same batches, and lays the curves together.
+"""Trains a small GPT here and in PyTorch, from the same weights on the same batches, and draws both loss curves.
 
     python scripts/yardstick.py [--data FILE] [--steps N] [--float64] [--out yardstick.png]
 
 nanoGPT's recipe for a CPU (the preset `cpu`): 4 layers, 4 heads, 128 wide, 64 characters, batches of 12, AdamW,
-clipping, warm-up and cosine decay. Only rounding differs. With --float64 PyTorch trains a third time in double
-precision, which tells how far from there rounding takes each of the two.
+clipping, warm-up and cosine decay. The two differ in rounding alone. With --float64 PyTorch trains a third time in
+double precision, which shows how far rounding takes each of the two from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mlxgpt.common.settings import from_dict
-from mlxgpt.data import corpus as data
+from mlxgpt.data import corpus
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.model import ops
 from mlxgpt.model.gpt import GPT
@@ -39,10 +39,10 @@ EVAL_INTERVAL, EVAL_BATCHES = 50, 20
 
 @dataclass
 class Curve:
-    """A model's losses."""
+    """The losses of one training."""
 
     name: str
-    training: np.ndarray  # of each step, before it
+    training: np.ndarray  # of each step, before its update
     steps: list[int]  # of the evaluations
     validation: list[float]
 
@@ -58,7 +58,10 @@ def draw_batches(tokens: np.ndarray, config: TrainConfig, count: int, seed: int)
 def follow(
     name: str, batches: Sequence[Batch], train: Callable[[int, int], list[float]], evaluate: Callable[[], float]
 ) -> Curve:
-    """Trains on batches from one number to another, with an evaluation every EVAL_INTERVAL and at both ends."""
+    """Trains on all batches, with an evaluation every EVAL_INTERVAL steps and at both ends.
+
+    `train` takes the numbers of its first batch and of the one after its last, and returns the losses.
+    """
     steps = [*range(0, len(batches), EVAL_INTERVAL), len(batches)]
     losses, validation = [], [evaluate()]
     for first, end in itertools.pairwise(steps):
@@ -68,7 +71,7 @@ def follow(
     return Curve(name, np.array(losses), steps, validation)
 
 
-def ours(model: GPT, config: TrainConfig, batches: list[Batch], held_out: list[Batch]) -> Curve:
+def train_here(model: GPT, config: TrainConfig, batches: list[Batch], held_out: list[Batch]) -> Curve:
     trainer = Trainer(model, config)
     return follow(
         "mlxgpt",
@@ -78,7 +81,7 @@ def ours(model: GPT, config: TrainConfig, batches: list[Batch], held_out: list[B
     )
 
 
-def pytorchs(
+def train_in_pytorch(
     weights: dict[str, np.ndarray], config: TrainConfig, batches: list[Batch], held_out: list[Batch], dtype: torch.dtype
 ) -> Curve:
     shape = {name: value for name, value in vars(config.model).items() if name != "layer_norm_epsilon"}
@@ -104,7 +107,7 @@ def pytorchs(
 
 
 def compare(a: Curve, b: Curve) -> str:
-    """How far apart two curves are, in nats per token."""
+    """A sentence about the distance between two curves, in nats per token."""
     apart = np.abs(a.training - b.training)
     places = " ".join(f"{apart[: n + 1].max():.1e} by step {n + 1}," for n in (0, 9, 99) if n + 1 < len(apart))
     return (
@@ -115,12 +118,12 @@ def compare(a: Curve, b: Curve) -> str:
 
 
 def draw(curves: list[Curve], path: str, title: str) -> None:
-    """The curves over one another, and below how far from the first the others are."""
+    """Writes a picture: the curves over one another, and below them the others' distance from the first."""
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
     for curve, colour, width, style in zip(curves, plot.COLOURS, (5, 1.4, 1.2), ("-", "-", "--"), strict=False):
         steps, look = np.arange(1, len(curve.training) + 1), dict(color=colour, linewidth=width, linestyle=style)
-        alpha = 0.4 if width > 2 else 1.0  # what lies below stays in sight
+        alpha = 0.4 if width > 2 else 1.0  # curves below stay visible
         top.plot(steps, curve.training, alpha=alpha, label=f"{curve.name}, training", **look)
         top.plot(
             curve.steps, curve.validation, "o", color=colour, markersize=2 * width + 3, alpha=alpha,
@@ -143,31 +146,33 @@ def main(args: Sequence[str]) -> list[Curve]:
     parser.add_argument("--data", default="stdlib", help="a text, as in training (default: stdlib)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1337, help="of the weights and the batches")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="ours; PyTorch's is the CPU")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="of this package; PyTorch uses the CPU"
+    )
     parser.add_argument("--float64", action="store_true", help="PyTorch in double precision too")
     parser.add_argument("--out", default="yardstick.png", help="the picture")
     options = parser.parse_args(args)
 
     ops.use_device(options.device)
-    corpus = data.load_corpus(options.data)
-    tokenizer = CharTokenizer.of(*corpus.train, *corpus.val)
+    text = corpus.load_corpus(options.data)
+    tokenizer = CharTokenizer.of(*text.train, *text.val)
     settings = {**preset("cpu"), "max_iters": options.steps, "vocab_size": tokenizer.vocab_size, "seed": options.seed}
     config = from_dict(TrainConfig, settings, "preset cpu")
-    train, val = (data.encode(tokenizer, documents) for documents in (corpus.train, corpus.val))
+    train, val = (corpus.encode(tokenizer, documents) for documents in (text.train, text.val))
     batches = draw_batches(train, config, options.steps, options.seed)
     held_out = draw_batches(val, config, EVAL_BATCHES, options.seed + 1)
 
     mx.random.seed(options.seed)
     model = GPT(config.model)
     weights = {name: np.array(weight) for name, weight in model.named_weights().items()}
-    print(f"{corpus.name}: {len(train):,} training and {len(val):,} validation tokens; {model.n_params():,} parameters")
-    curves = [ours(model, config, batches, held_out)]
+    print(f"{text.name}: {len(train):,} training and {len(val):,} validation tokens; {model.n_params():,} parameters")
+    curves = [train_here(model, config, batches, held_out)]
     for dtype in (torch.float32, torch.float64)[: 1 + options.float64]:
-        curves.append(pytorchs(weights, config, batches, held_out, dtype))
+        curves.append(train_in_pytorch(weights, config, batches, held_out, dtype))
     for n, curve in enumerate(curves[1:]):
         for other in curves[: n + 1]:
             print(compare(other, curve))
-    draw(curves, options.out, f"{corpus.name}: the same weights, batches and schedule")
+    draw(curves, options.out, f"{text.name}: the same weights, batches and schedule")
     return curves
 
 

@@ -38,3 +38,14 @@ def switch_off_kernels() -> Iterator[Callable[[], None]]:
     """Called, it makes the rest of the test compute by MLX's own operations."""
     with ExitStack() as stack:
         yield lambda: stack.enter_context(extension.switched_off())
+
+
+@pytest.fixture(params=["kernels", "mlx"])
+def cpu_backend(request: pytest.FixtureRequest, switch_off_kernels: Callable[[], None]) -> str:
+    """The test runs on the CPU twice: on the kernels, where they are there, and by MLX's own operations."""
+    ops.use_device("cpu")
+    if request.param == "mlx":
+        switch_off_kernels()
+    elif not extension.is_there():
+        pytest.skip("the extension is not there")
+    return request.param

@@ -56,7 +56,7 @@ def test_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
     assert imread("compare.png").shape == (600, 960, 4)
 
 
-def test_a_picture_of_anything(tmp_path, monkeypatch, capsys):
+def test_pictures_of_many_runs_and_of_a_short_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = [str(make_run(tmp_path / f"{n:02}", 1 + n / 20)) for n in range(45)]
     for flags in (["--x", "tokens", "--log"], ["--x", "seconds"]):

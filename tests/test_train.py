@@ -1,4 +1,4 @@
-"""Training from the command line: whole runs, what they write, and how they go on."""
+"""Training from the command line: whole runs, what they write, and how they are resumed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 
 from mlxgpt import train
 from mlxgpt.common import cli
-from mlxgpt.data import preparation as prepare_text
-from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import safetensors_file, training_state
-from mlxgpt.training import trainer as training
+from mlxgpt.data import preparation
+from mlxgpt.formats import model_directory, safetensors_file
+from mlxgpt.training import checkpoints
+from mlxgpt.training.trainer import Trainer
 
 TINY_FLAGS = (
     "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --max_iters 6 --eval_interval 3 "
@@ -39,7 +39,7 @@ def command(*args: str, cwd: Path, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_run_writes_what_it_says(corpus, tmp_path):
+def test_a_run_writes_its_files_and_says_what_it_does(corpus, tmp_path):
     result = command("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
@@ -55,12 +55,12 @@ def test_a_run_writes_what_it_says(corpus, tmp_path):
     assert f"step 6: validation loss {val[-1]:.4f}" in result.stdout
     assert "ETA" in result.stdout
     assert "loss.png" in result.stdout
-    model = checkpoint.load_model(run / "last")
+    model = model_directory.load_model(run / "last")
     assert model.config.vocab_size == len(set(corpus.read_text()))
 
 
 def test_the_same_run_gives_the_same_numbers(corpus, tmp_path, monkeypatch):
-    """In a process of its own, and in one that has done other things before."""
+    """The process may be a new one, or one that has done other things before."""
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), "--device", "cpu", *TINY_FLAGS]  # a GPU adds gradients of embeddings in any order
     assert command(*flags, "--out_dir", "a", cwd=tmp_path).returncode == 0
@@ -76,10 +76,10 @@ def test_the_same_run_gives_the_same_numbers(corpus, tmp_path, monkeypatch):
 
 def test_the_best_model_is_kept_when_later_ones_are_worse(corpus, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, 1.0, 2.5])
-    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: next(values))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, batches: next(values))
     monkeypatch.chdir(tmp_path)
     train.main(["--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--max_iters", "9"])
-    best, last = (checkpoint.load_model(tmp_path / "run" / name) for name in ("best", "last"))
+    best, last = (model_directory.load_model(tmp_path / "run" / name) for name in ("best", "last"))
     assert not mx.array_equal(best.wte.weight, last.wte.weight).item()
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["val_loss"] for line in lines if "val_loss" in line] == [3.0, 2.0, 1.0, 2.5]
@@ -87,12 +87,12 @@ def test_the_best_model_is_kept_when_later_ones_are_worse(corpus, tmp_path, monk
 
 def test_a_model_that_has_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, float("nan")])
-    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: next(values))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, batches: next(values))
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--log_interval", "100"]
     with pytest.raises(ValueError, match=r"loss is nan at step 6: .* last good checkpoint is step-0000003"):
         train.main(flags)
-    best, last = (checkpoint.load_model(tmp_path / "run" / name) for name in ("best", "last"))
+    best, last = (model_directory.load_model(tmp_path / "run" / name) for name in ("best", "last"))
     assert mx.array_equal(best.wte.weight, last.wte.weight).item()
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
@@ -187,7 +187,7 @@ def half(corpus, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kernels_there", [True, False])
-def test_a_run_that_is_resumed_is_the_run_that_was_not(
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
     corpus, half, tmp_path, monkeypatch, switch_off_kernels, kernels_there
 ):
     if not kernels_there:
@@ -212,9 +212,9 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(
     assert "resume =" not in (half / "settings.toml").read_text()
 
 
-def test_a_best_model_outlives_a_resumption_that_finds_no_better(half, monkeypatch):
+def test_a_best_model_is_kept_when_the_resumed_run_finds_no_better_one(half, monkeypatch):
     best = files(half / "best")
-    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, batches: 50.0)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, batches: 50.0)
     main("--resume", "half/last", "--max_iters", "9")
     assert files(half / "best") == best
     record = json.loads((half / "last" / "training.json").read_text())
@@ -222,7 +222,7 @@ def test_a_best_model_outlives_a_resumption_that_finds_no_better(half, monkeypat
     assert record["best_val_loss"] == min(loss for step, loss in curve(half).items() if step)
 
 
-def test_a_resumed_run_may_go_elsewhere(half, tmp_path):
+def test_a_resumed_run_may_write_to_another_directory(half, tmp_path):
     before = files(half)
     main("--resume", "half", "--max_iters", "9", "--out_dir", "other", "--learning_rate", "0.02", "--dropout", "0.1")
     assert files(half) == before
@@ -231,7 +231,7 @@ def test_a_resumed_run_may_go_elsewhere(half, tmp_path):
     record = json.loads((tmp_path / "other" / "last" / "training.json").read_text())
     kept = json.loads((half / "last" / "training.json").read_text())["settings"]
     assert record["settings"] == kept | {"max_iters": 9, "learning_rate": 0.02}
-    assert checkpoint.load_model(tmp_path / "other" / "best").config.dropout == 0.1
+    assert model_directory.load_model(tmp_path / "other" / "best").config.dropout == 0.1
 
 
 def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
@@ -243,9 +243,12 @@ def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
     (tmp_path / "few.txt").write_text("the lazy dog\n" * 40)
     flags += ["--block_size", "8", "--dropout", "0.1", "--max_iters", "1"]
     main("--init_from", "half", "--data", "few.txt", "--out_dir", "cropped", *flags)
-    start, config = checkpoint.load_model(half / "best"), checkpoint.load_config(tmp_path / "cropped" / "last")
+    start, config = (
+        model_directory.load_model(half / "best"),
+        model_directory.load_config(tmp_path / "cropped" / "last"),
+    )
     assert (config.block_size, config.dropout, config.vocab_size, config.n_layer) == (8, 0.1, 28, 1)
-    model = checkpoint.load_model(tmp_path / "cropped" / "last")
+    model = model_directory.load_model(tmp_path / "cropped" / "last")
     assert mx.abs(model.wpe.weight - start.wpe.weight[:8]).max().item() < 2e-5  # one warm-up step away
     tokenizers = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("half/last", "cropped/last")]
     assert tokenizers[0] == tokenizers[1]
@@ -276,7 +279,7 @@ def test_a_run_may_start_from_a_model(half, corpus, tmp_path):
         ("--resume half --max_iters 9 --out_dir other", 1, "out_dir: other already holds a run; give another, or"),
     ],
 )
-def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
+def test_a_wrong_init_from_or_resume_is_one_line(half, tmp_path, capsys, monkeypatch, flags, status, message):
     (tmp_path / "other.txt").write_text("café\n" * 40)
     (tmp_path / "empty").mkdir()
     shutil.copytree(half, tmp_path / "torn", symlinks=True)
@@ -303,7 +306,7 @@ def test_a_start_that_cannot_be_is_one_line(half, tmp_path, capsys, monkeypatch,
 def test_a_padded_vocabulary_is_kept(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main("--data", str(corpus), "--out_dir", "run", *TINY_FLAGS, "--vocab_size", "64")
-    assert checkpoint.load_model(tmp_path / "run" / "last").config.vocab_size == 64
+    assert model_directory.load_model(tmp_path / "run" / "last").config.vocab_size == 64
 
 
 def events(run: Path) -> list[tuple[int, str]]:
@@ -316,20 +319,20 @@ def steps_saved(run: Path) -> list[str]:
 
 
 def fail_at(monkeypatch, *steps: int) -> None:
-    """Makes some steps those of a loss that is no number."""
-    step = training.Trainer.step
+    """Makes some steps return a loss that is not a number."""
+    step = Trainer.step
 
-    def failing(self, batches):
+    def failing(self, batches, before_update):
         if self.steps + 1 not in steps:
-            return step(self, batches)
+            return step(self, batches, before_update)
         self.steps += 1
         self.norm = mx.array(float("nan"))
         return mx.array(float("nan"))
 
-    monkeypatch.setattr(training.Trainer, "step", failing)
+    monkeypatch.setattr(Trainer, "step", failing)
 
 
-def test_steps_that_are_not_finite_are_counted_and_a_run_of_them_ends_the_run(corpus, tmp_path, monkeypatch, capsys):
+def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--data", "text.txt", *TINY_FLAGS, "--max_iters", "12", "--save_interval", "1", "--max_skipped", "3"]
     fail_at(monkeypatch, 2, 4, 5, 8, 9, 10)
@@ -356,7 +359,7 @@ def test_a_run_with_skipped_steps_is_resumed_exactly(corpus, tmp_path, monkeypat
         assert (tmp_path / "half/last" / name).read_bytes() == (tmp_path / "whole/last" / name).read_bytes()
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write, files_written = safetensors_file.write, []
 
@@ -375,14 +378,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(corpus, tmp_p
     (line,) = capsys.readouterr().err.splitlines()
     assert "step-0000006: the checkpoint can't be written: No space left on device; " in line
     assert line.endswith("run/checkpoints/step-0000003 is kept")
-    assert training_state.find(tmp_path / "run")[0].name == "step-0000003"
+    assert checkpoints.find(tmp_path / "run")[0].name == "step-0000003"
     monkeypatch.setattr(safetensors_file, "write", write)
     main("--resume", "run")
-    assert training_state.find(tmp_path / "run")[0].name == "step-0000012"
+    assert checkpoints.find(tmp_path / "run")[0].name == "step-0000012"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(half, tmp_path, capsys, damage):
     whole = files(half / "last")
     path = half / "checkpoints/step-0000006/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -395,7 +398,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(half, tmp_path
     assert list(curve(half)) == [0, 3, 6]
 
 
-def test_changed_settings_are_said(half, capsys):
+def test_changed_settings_are_printed(half, capsys):
     main("--resume", "half", "--max_iters", "9", "--learning_rate", "0.02", "--dropout", "0.1", "--batch_size", "2")
     out = capsys.readouterr().out
     for line in (
@@ -415,7 +418,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(corpus, tmp_pa
     flags = ["--data", "text.txt", *TINY_FLAGS, "--learning_rate", "0.01"]
     main("--out_dir", "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Trainer, "evaluate", lambda self, batches: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "evaluate", lambda self, batches: (_ for _ in ()).throw(KeyboardInterrupt))
         main("--out_dir", "run", *flags)
     main("--resume", "run")
     assert "run has no checkpoint yet: the run begins anew" in capsys.readouterr().out
@@ -452,7 +455,7 @@ def test_fine_tuning_is_resumed_exactly(half, corpus, tmp_path, how):
     weights = "adapter_model.safetensors" if how == "lora" else "model.safetensors"
     assert ours[weights] == theirs[weights]
     assert ("model.safetensors" in ours) == (how != "lora")
-    start, tuned = checkpoint.load_model(half / "best"), checkpoint.load_model(tmp_path / "tuned/last")
+    start, tuned = model_directory.load_model(half / "best"), model_directory.load_model(tmp_path / "tuned/last")
     moved = {n: bool(mx.any(w != tuned.named_weights()[n]).item()) for n, w in start.named_weights().items()}
     if how == "freeze":
         assert {n for n, has_moved in moved.items() if not has_moved} == {
@@ -464,10 +467,10 @@ def test_fine_tuning_is_resumed_exactly(half, corpus, tmp_path, how):
 
 @pytest.fixture
 def prepared(corpus, tmp_path, monkeypatch) -> Path:
-    """The corpus as shards."""
+    """The corpus, prepared as shards."""
     monkeypatch.chdir(tmp_path)
     args = ["text.txt", "--out", "prepared", "--tokenizer", "char", "--workers", "1", "--val_fraction", "0.1"]
-    prepare_text.main(args)
+    preparation.main(args)
     return tmp_path / "prepared"
 
 
@@ -477,7 +480,7 @@ def test_a_run_on_shards(prepared, tmp_path):
     shutil.move("prepared", "moved")  # the same data elsewhere
     main("--resume", "run", "--max_iters", "9", "--data", "moved")
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
-    assert checkpoint.load_config(tmp_path / "run" / "last").vocab_size == 28
+    assert model_directory.load_config(tmp_path / "run" / "last").vocab_size == 28
 
 
 def test_shards_that_do_not_fit_are_one_line(prepared, tmp_path, capsys):

@@ -246,10 +246,10 @@ void py_embedding_backward(const py::buffer& ids_, const py::buffer& dout_, cons
 void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, uint64_t seed,
                 const py::buffer& out_) {
     const char* where = "dropout";
-    const Array x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
-    const MaybeArray residual(where, "residual", residual_, Access::kRead);
+    Array x(where, "x", x_, Access::kRead), out(where, "out", out_, Access::kWrite);
+    MaybeArray residual(where, "residual", residual_, Access::kRead);
     if (!(p >= 0.0 && p < 1.0)) fail(where, "p is " + std::to_string(p) + ", expected 0 <= p < 1");
-    for (const Array* other : {static_cast<const Array*>(residual), &out})
+    for (const Array* other : {static_cast<const Array*>(residual), static_cast<const Array*>(&out)})
         if (other != nullptr && other->info.shape != x.info.shape)
             fail(where, other->name + " is " + shape_text(other->info.shape) + ", expected " +
                             shape_text(x.info.shape));
@@ -257,8 +257,8 @@ void py_dropout(const py::buffer& x_, const MaybeBuffer& residual_, double p, ui
     float* to = out.contiguous();
     const auto n = static_cast<ptrdiff_t>(x.info.size);
     expect_distinct({&out}, {&x, residual});
-    const py::gil_scoped_release release;
-    dropout(n, from, more, static_cast<float>(p), seed, to);
+    Recording::run([=] { dropout(n, from, more, static_cast<float>(p), seed, to); }, std::move(x),
+                   std::move(residual), std::move(out));
 }
 
 }  // namespace

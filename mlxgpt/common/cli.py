@@ -7,14 +7,15 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from .settings import from_dict, nearest, read_toml, settings
+from .settings import nearest, settings
 
 Config = TypeVar("Config")
+Flag = tuple[str, ...]  # (flag, value), (switch,) or (positional,)
 
 
 class UsageError(Exception):
@@ -27,7 +28,12 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
     Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
-    words = ["=".join(flag) for flag in _flags(cls, args)]  # one word, as a value may begin with a dash
+    return from_flags(cls, read_flags(cls, args), prog, default)
+
+
+def from_flags(cls: type[Config], flags: Sequence[Flag], prog: str, default: Config | None = None) -> Config:
+    """A config from the flags of a command line, as in parse; the default has the values of all others."""
+    words = ["=".join(flag) for flag in flags]  # one word, as a value may begin with a dash
     flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
     try:
@@ -41,34 +47,18 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
         raise UsageError(str(error)) from None
 
 
-def given(cls: type, args: Sequence[str]) -> dict[str, str]:
-    """The flags that a command line sets, as written: name -> value ('' for a switch)."""
-    pairs = (flag for flag in _flags(cls, args) if flag[0].startswith("--"))
+def given(flags: Sequence[Flag]) -> dict[str, str]:
+    """The settings that flags set, as written: name -> value ('' for a switch)."""
+    pairs = (flag for flag in flags if flag[0].startswith("--"))
     return {name[2:].removeprefix("no_"): "".join(value) for name, *value in pairs}
 
 
-def with_defaults(
-    cls: type[Config],
-    args: Sequence[str],
-    presets: Callable[[str], Mapping[str, Any]],
-    fallback_preset: str,
-    inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
-) -> tuple[Config, set[str]]:
-    """The defaults under the command line's flags, and the names of the settings that are set there.
-
-    They are laid over one another: the preset that --preset names, of which `presets` gives the settings; then what
-    `inherited` returns for all settings given; then a TOML file (--config).
-    """
-    flags = given(cls, args)
-    file = read_toml(flags["config"]) if flags.get("config") else {}
-    under = inherited({**file, **flags})
-    name = flags.get("preset") or file.get("preset") or under.get("preset") or fallback_preset
-    values = {**presets(name), **under, **file, "preset": name}
-    return from_dict(cls, values, source=flags.get("config") or f"preset {name}"), set(values)
+def read_flags(cls: type, args: Sequence[str]) -> list[Flag]:
+    """The flags of a command line, their names checked. UsageError names an unknown flag and the nearest valid one."""
+    return list(_flags(cls, args))
 
 
-def _flags(cls: type, args: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The arguments as (flag, value), (switch,) or (positional,), each flag's name checked."""
+def _flags(cls: type, args: Sequence[str]) -> Iterator[Flag]:
     kinds = settings(cls)
     words = list(args)
     while words:

@@ -88,18 +88,32 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path, most: int = 200_000_000) -> dict[str, Any]:
-    """The JSON object in a file. FileNotFoundError; ValueError, naming the file, for anything else in it, and for a
-    file of more than `most` bytes."""
+def read_small(path: Path, most: int = 200_000_000) -> bytes:
+    """The content of a file. FileNotFoundError; ValueError, naming the file, for one of more than `most` bytes."""
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path}: {size} bytes, expected at most {most}")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. FileNotFoundError; ValueError, naming the file, for anything else in it, and for a
+    file that is too large."""
+    text = read_small(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: it holds a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def require_format(path: Path, name: str, value: Any, newest: int) -> None:
+    """ValueError for a file of a format that this version doesn't know: `name` says where the number stands in it."""
+    if type(value) is int and value > newest:
+        raise ValueError(f"{path}: {name} is {value}, this version reads up to {newest}; nothing was changed")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{path}: {name} is {value!r}, expected 1{f' to {newest}' if newest > 1 else ''}")
 
 
 def json_bytes(content: Any, indent: int = 2) -> bytes:

@@ -5,85 +5,73 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..common import disk
 from ..data.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, byte_of_character
 from ..model.config import GPTConfig
+from . import gpt2
+from .tensors import FLOATS, Tensor, numpy_dtype, to_float32
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Shape = tuple[int, ...]
-
-# what NumPy holds, bfloat16 as its bits, and GGUF's names for the type of a tensor and of a file
-_DTYPES: dict[str, tuple[np.dtype, str, str]] = {
-    "float32": (np.dtype(np.float32), "F32", "ALL_F32"),
-    "float16": (np.dtype(np.float16), "F16", "MOSTLY_F16"),
-    "bfloat16": (np.dtype(np.uint16), "BF16", "MOSTLY_BF16"),
+_TYPE_NAMES = {  # GGUF's names for the type of a tensor, and for that of most tensors of a file
+    "float32": ("F32", "ALL_F32"),
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
 }
 
 
-class Tensor(Protocol):
-    """A tensor that is read when it is wanted."""
+def write(path: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None, name: str) -> None:
+    """Writes a GGUF file that llama.cpp loads, in place of one that is there: whole, or not at all.
 
-    @property
-    def dtype(self) -> str: ...  # float32, float16 or bfloat16
-    @property
-    def shape(self) -> Shape: ...
-    def read(self) -> np.ndarray: ...
-
-
-def write(path: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, name: str) -> None:
-    """A GGUF file that llama.cpp loads, in place of one that is there: whole, or not at all.
-
-    tensors: this package's names and layout, linear weights (n_out, n_in); lm_head.weight (V, C) only where the
-    head is not tied. One is in memory at a time. Matrices keep their dtype; norms, biases and the positions are
+    tensors: by GPT-2's names, linear weights (n_out, n_in); lm_head.weight (V, C) only where the head is not tied.
+    One is in memory at a time. Matrices keep their dtype; norms, biases and the positions are
     float32, as llama.cpp's converter has them. Without biases, zeros are written. name: what the model is called.
 
-    ValueError that lists missing, unknown and misshapen tensors, or says that the tokenizer does not fit
-    the model or the package gguf is not installed. OSError when the file can't be written.
+    ValueError that lists missing, unknown and misshapen tensors, or says that the tokenizer is missing or does not fit
+    the model, or that the package gguf is not installed. OSError when the file can't be written.
     """
     try:
         import gguf
     except ImportError:
         raise ValueError("GGUF needs the package gguf: pip install 'mlxgpt[gguf]'") from None
-    shapes = _shapes(config, tied="lm_head.weight" not in tensors)
-    _check(config, shapes, tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if tokenizer is None:
+        raise ValueError("gguf: the source has no tokenizer, and llama.cpp needs one: say --meta for nanoGPT's")
+    config = replace(config, tied_head="lm_head.weight" not in tensors)
+    gpt2.check_model(tensors, config, "GGUF", FLOATS)
+    shapes = gpt2.shapes(replace(config, bias=True))
     try:
-        with closing(gguf.GGUFWriter(temporary, "gpt2")) as writer:  # opens no file yet
+        with disk.appearing(path) as temporary, closing(gguf.GGUFWriter(temporary, "gpt2")) as writer:  # no file yet
             _add_model(writer, config, tensors["wte.weight"].dtype, name)
             _add_tokenizer(writer, tokenizer, config.vocab_size)
-            names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-            for ours, shape in shapes.items():
-                theirs = names.get_name(ours, (".weight", ".bias")) or ours
-                numpy_dtype, kind, _ = _DTYPES[_file_dtype(ours, tensors)]
-                n_bytes = math.prod(shape) * numpy_dtype.itemsize
-                writer.add_tensor_info(theirs, shape, numpy_dtype, n_bytes, gguf.GGMLQuantizationType[kind])
+            llama_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+            for parameter, shape in shapes.items():
+                llama_name = llama_names.get_name(parameter, (".weight", ".bias")) or parameter
+                dtype = _file_dtype(parameter, tensors)
+                in_numpy, in_gguf = numpy_dtype(dtype), gguf.GGMLQuantizationType[_TYPE_NAMES[dtype][0]]
+                n_bytes = math.prod(shape) * in_numpy.itemsize
+                writer.add_tensor_info(llama_name, shape, in_numpy, n_bytes, in_gguf)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for ours, shape in shapes.items():
-                writer.write_tensor_data(_read(ours, shape, tensors))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            for parameter, shape in shapes.items():
+                writer.write_tensor_data(_read(parameter, shape, tensors))
     except OSError as error:
         if error.filename not in (None, str(temporary), temporary):  # a tensor's own file
             raise
         raise OSError(f"{path}: the file can't be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def warnings(config: GPTConfig, tokenizer: Tokenizer | None = None) -> list[str]:
-    """What llama.cpp will do otherwise than this package, a line each."""
+    """How llama.cpp will compute with the file otherwise than this package, a line for each difference."""
     lines = []
     if config.activation == "gelu":
         lines.append("llama.cpp computes GELU's tanh form, and this model has the exact one: logits differ a little")
@@ -96,47 +84,21 @@ def warnings(config: GPTConfig, tokenizer: Tokenizer | None = None) -> list[str]
     return lines
 
 
-def _shapes(config: GPTConfig, tied: bool) -> dict[str, Shape]:
-    """Every tensor of the file under our name, biases and all."""
-    T, C, V = config.block_size, config.n_embd, config.vocab_size
-    block: dict[str, Shape] = {
-        "ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-        "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C),
-    }  # fmt: skip
-    modules = {f"h.{n}.{module}": shape for n in range(config.n_layer) for module, shape in block.items()}
-    shapes: dict[str, Shape] = {"wte.weight": (V, C), "wpe.weight": (T, C)}
-    for module, shape in {**modules, "ln_f": (C,)}.items():
-        shapes |= {f"{module}.weight": shape, f"{module}.bias": shape[:1]}
-    return shapes if tied else {**shapes, "lm_head.weight": (V, C)}
-
-
-def _check(config: GPTConfig, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> None:
-    expected = {name: shape for name, shape in shapes.items() if config.bias or not name.endswith(".bias")}
-    faults = [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"unknown {name}" for name in tensors if name not in expected]
-    for name in [name for name in expected if name in tensors]:
-        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
-        if shape != expected[name] or dtype not in _DTYPES:
-            faults.append(f"{name} is {dtype} {shape}, expected {' or '.join(_DTYPES)} {expected[name]}")
-    if faults:
-        raise ValueError(f"GGUF: {'; '.join(faults[:8])}{f'; and {len(faults) - 8} more' if faults[8:] else ''}")
-
-
 def _file_dtype(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """llama.cpp adds vectors and positions to float32, and wants them so."""
+    """The type of a tensor in the file: llama.cpp adds vectors and positions to float32, and wants them in it."""
     is_matrix = name in tensors and len(tensors[name].shape) == 2
     return tensors[name].dtype if is_matrix and name != "wpe.weight" else "float32"
 
 
-def _read(name: str, shape: Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    """A tensor as it stands in the file."""
+def _read(name: str, shape: gpt2.Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
+    """The array that is written for a tensor. ValueError for a tensor that doesn't read as what it says."""
     if name not in tensors:
         return np.zeros(shape, np.float32)  # a bias of a model without biases
     dtype, array = tensors[name].dtype, tensors[name].read()
-    if array.shape != shape or array.dtype != _DTYPES[dtype][0]:
+    if array.shape != shape or array.dtype != numpy_dtype(dtype):
         raise ValueError(f"GGUF: {name} reads as {array.dtype} {array.shape}, expected {dtype} {shape}")
-    if dtype != _file_dtype(name, tensors):  # to float32, whose upper half bfloat16 is
-        array = (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array.astype(np.float32)
+    if dtype != _file_dtype(name, tensors):
+        array = to_float32(array, dtype)
     return np.ascontiguousarray(array)
 
 
@@ -151,12 +113,12 @@ def _add_model(writer: GGUFWriter, config: GPTConfig, dtype: str, name: str) -> 
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_file_type(LlamaFileType[_DTYPES[dtype][2]])
+    writer.add_file_type(LlamaFileType[_TYPE_NAMES[dtype][1]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, size: int) -> None:
-    """Our tokenizer as one of llama.cpp's.
+    """Adds a tokenizer in the form of one of llama.cpp's.
 
     Byte pairs are its "gpt2". Characters can be spelled in byte pairs too: the bytes of one are merged from left
     to right, in steps that need no ids of their own, and nothing else is merged. But "gpt2" has an end-of-text
@@ -204,6 +166,6 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, size: int) -> None:
 
 
 def _is_ascii(tokenizer: Tokenizer, size: int) -> bool:
-    """Is every id of a model an ASCII character?"""
+    """Whether every id of a model of this vocabulary size is an ASCII character."""
     is_ascii = isinstance(tokenizer, CharTokenizer) and "".join(tokenizer.characters).isascii()
     return is_ascii and tokenizer.vocab_size == size

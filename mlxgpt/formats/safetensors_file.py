@@ -1,4 +1,4 @@
-"""safetensors files, a tensor at a time: memory-mapped when read, streamed when written.
+"""safetensors files: tensors are memory-mapped when they are read, and written one at a time.
 
 A file is the length of its header in 8 bytes, the header in JSON, {name: {dtype, shape, data_offsets}}, and the
 tensors without gaps (https://huggingface.co/docs/safetensors).
@@ -10,47 +10,28 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .tensors import Tensor, in_file, numpy_dtype
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _MOST_HEADER = 100_000_000  # bytes, the format's own rule
-_PIECE = 1 << 20  # bytes, written while they are in the cache since they were summed
-_NOT_WORTH_MAPPING = 65536  # bytes, which are read in less time
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """An array that is read when it is needed.
-
-    dtype is torch's name without "torch.". read() gives an array of that shape, read-only and mapped from the
-    file where it can be, with the file's strides; bfloat16 comes as its bits in uint16. read() raises ValueError
-    when the bytes are damaged (CRC) or the file has changed since it was opened.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    memory: Any = field(default=None, repr=False, compare=False)  # equal for two views of the same elements
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
-
-
-def numpy_dtype(dtype: str) -> np.dtype:
-    """What a Tensor's array is made of, little-endian; bfloat16 as its bits."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
+_PIECE = 1 << 20  # bytes, which are still in the cache when they are written after they were hashed
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, none of them read yet. FileNotFoundError, ValueError for a header that lies."""
+    """The tensors of a file, none of them read yet.
+
+    FileNotFoundError; ValueError, naming the file, for a header that is damaged or doesn't fit the file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(8)
@@ -74,33 +55,21 @@ def read(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a size is not a whole number")
             if start != end or stop - start != math.prod(shape) * numpy_dtype(dtype).itemsize or begin + stop > size:
                 raise ValueError(f"{dtype} {shape} does not fit bytes {start} to {stop}")
-            tensors[name] = Tensor(dtype, shape, mapped(path, begin + start, numpy_dtype(dtype), shape))
+            tensors[name] = in_file(path, begin + start, dtype, shape)
             end = stop
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a safetensors file, or cut short: at {name}: {error}") from None
     return {name: tensors[name] for name in header}
 
 
-def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Reads an array of a file when it is called. ValueError if the file has become shorter."""
-
-    def read() -> np.ndarray:
-        if math.prod(shape) * dtype.itemsize <= _NOT_WORTH_MAPPING:
-            return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
-        return np.memmap(path, dtype, "r", offset, shape)  # unmapped when it is let go
-
-    return read
-
-
 def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """What a file of some tensors begins with."""
+    """The length and the JSON that a file of these tensors begins with."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        n = math.prod(tensor.shape) * numpy_dtype(tensor.dtype).itemsize
-        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + n]}
-        end += n
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors lie on multiples of their items
     return struct.pack("<Q", len(text)) + text
@@ -112,9 +81,10 @@ def write(
     done: Callable[[int], None] = lambda n: None,
     digest: Any = None,
 ) -> None:
-    """Writes a file; `done` hears of bytes written. One tensor is held at a time.
+    """Writes a file, and holds one tensor at a time. OSError.
 
-    `digest`, one of hashlib's, is updated with all that is written.
+    `done` is called after each tensor, with the number of its bytes; `digest`, one of hashlib's, is updated with all
+    that is written.
     """
     with open(path, "wb") as file:
 

@@ -21,15 +21,16 @@ Tree = TypeVar("Tree")
 
 
 class Group:
-    """The processes that train together, of which this one has a rank; as a context manager it says how it ends.
+    """The processes that train together, each with a rank. As a context manager it tells the others how this process
+    ends.
 
-    Every method but `fail` and `close` must be called on all ranks, in the same order. A group of one costs nothing.
+    All ranks must call every method but `fail` and `close`, in the same order. A group of one costs nothing.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
         self.rank, self.size = (group.rank(), group.size()) if group else (0, 1)
-        self.names = ["rank 0"]  # of each rank, as errors give it: rank 1 (mac2.local)
+        self.names = ["rank 0"]  # of all ranks, as messages show them: rank 1 (mac2.local)
         self.watch: Watch | None = None
 
     @property
@@ -37,7 +38,7 @@ class Group:
         return self.names[self.rank]
 
     def average(self, arrays: Tree) -> Tree:
-        """The mean over the ranks of each array of a tree, evaluated: new arrays, the same bits on all ranks."""
+        """The mean over the ranks of each array in a tree, evaluated: new arrays, with the same bits on all ranks."""
         if self._group is None:
             return arrays
         from mlx.nn import average_gradients
@@ -45,60 +46,58 @@ class Group:
         return self._evaluated(average_gradients(arrays, self._group))
 
     def broadcast(self, arrays: Tree) -> Tree:
-        """Rank 0's arrays, on every rank: a tree of the same shapes, evaluated."""
+        """A tree of rank 0's arrays, evaluated, on every rank; the others pass a tree of the same shapes."""
         if self._group is None:
             return arrays
-        ours = arrays if self.rank == 0 else tree_map(mx.zeros_like, arrays)
-        return self._evaluated(tree_map(lambda a: mx.distributed.all_sum(a, group=self._group), ours))
+        terms = arrays if self.rank == 0 else tree_map(mx.zeros_like, arrays)
+        return self._evaluated(tree_map(lambda a: mx.distributed.all_sum(a, group=self._group), terms))
 
     def sum(self, *values: float) -> list[float]:
-        """The sum over the ranks of each value, in float64 and in order of the ranks."""
+        """The sum over the ranks of each value, in float64, added up in the order of the ranks."""
         if self._group is None:
             return list(values)
         gathered = [np.frombuffer(data) for data in self._gather(np.array(values, np.float64).tobytes())]
         return [math.fsum(column) for column in zip(*gathered, strict=True)]
 
-    def mean(self, *values: float) -> list[float]:
-        """The mean over the ranks of each value."""
-        return [value / self.size for value in self.sum(*values)]
-
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
+        """Whether the flag is set on any rank."""
         return self.sum(flag)[0] > 0
 
     def agree(self, what: Mapping[str, Any]) -> None:
-        """ValueError, the same on every rank, for a value that differs from rank 0's; returns when all are here."""
+        """Compares values by name between the ranks, and returns when all ranks have called it. ValueError, the same
+        on every rank, for a value that differs from rank 0's."""
         if self._group is None:
             return
         shown = {name: repr(value) for name, value in what.items()}
         first, *others = [json.loads(data) for data in self.gather(json.dumps(shown).encode())]
-        for rank, theirs in enumerate(others, 1):
-            for name in {**first, **theirs}:
-                value, expected = theirs.get(name, "not there"), first.get(name, "not there")
+        for rank, other in enumerate(others, 1):
+            for name in {**first, **other}:
+                value, expected = other.get(name, "not there"), first.get(name, "not there")
                 if value != expected:
                     raise ValueError(f"{name} is {value} on {self.names[rank]}, but {expected} on {self.names[0]}")
 
     def gather(self, data: bytes) -> list[bytes]:
-        """What each rank gave, in their order; of any length."""
+        """The bytes that each rank gave, of any length, in the order of the ranks."""
         if self._group is None:
             return [data]
         lengths = [int.from_bytes(n, "big") for n in self._gather(len(data).to_bytes(8, "big"))]
         padded = self._gather(data.ljust(max(1, *lengths), b"\0"))
-        return [theirs[:n] for theirs, n in zip(padded, lengths, strict=True)]
+        return [given[:n] for given, n in zip(padded, lengths, strict=True)]
 
     def on_death(self, function: Callable[[], None]) -> None:
-        """What to do before this process ends because another has, in a thread of its own and with a time limit."""
+        """Sets what this process does before it ends because another has died: in a thread, with a time limit."""
         if self.watch:
             self.watch.on_death = function
 
     def close(self) -> None:
-        """Takes leave of the others, who then do not take this process for dead when it ends."""
+        """Tells the others that this process ends as it should, so that they don't take it for dead."""
         if self.watch:
             self.watch.close()
             self.watch = None
 
     def fail(self, message: str) -> None:
-        """Tells the others that this rank ends by an error, which ends them too; rank 0 prints it if not its own."""
+        """Tells the others that this rank ends by an error, which ends them too; rank 0 prints the
+        message of another."""
         if self.watch:
             self.watch.fail(message)
             self.watch = None
@@ -118,13 +117,13 @@ class Group:
             raise SystemExit(2 if isinstance(error, cli.UsageError) else 1)  # rank 0 has printed it, for all
 
     def _gather(self, data: bytes) -> list[bytes]:
-        """The same of data of one length on all ranks."""
+        """gather() of data that has the same length on all ranks."""
         array = mx.array(np.frombuffer(data, np.uint8))
         gathered = self._evaluated(mx.distributed.all_gather(array, group=self._group))
         return [row.tobytes() for row in np.array(gathered).reshape(self.size, len(data))]
 
     def _evaluated(self, arrays: Tree) -> Tree:
-        """Waits for a collective operation. ConnectionError if it fails and the watch knows of no death."""
+        """Waits for a collective operation. ConnectionError if it fails and the watch knows of no rank that died."""
         try:
             mx.eval(arrays)
         except RuntimeError as error:
@@ -134,11 +133,11 @@ class Group:
         return arrays
 
 
-def start(prog: str = "mlxgpt.train") -> Group:
-    """The group that this process was launched into, by mlx.launch or an MPI's own launcher; else one of its own.
+def join_group(prog: str = "mlxgpt.train") -> Group:
+    """Joins the group that mlx.launch or MPI's launcher started this process in; without one, a group of one.
 
-    `prog` begins the line on stderr in which a rank's death or error is told. ConnectionError when the others can't
-    be reached.
+    `prog` begins the line on stderr that reports a rank's death or error. ConnectionError when the other ranks can't be
+    reached.
     """
     backend = _backend(os.environ)
     if backend is None:
@@ -161,9 +160,9 @@ def start(prog: str = "mlxgpt.train") -> Group:
 
 
 def _backend(environment: Mapping[str, str]) -> str | None:
-    """The backend of MLX's that a process was launched for, by the variables its launcher sets; None for none.
+    """MLX's backend for the launcher that has set these environment variables; None if there was no launcher.
 
-    (Asking MLX to find out would try all of them, and with none end in a silent group of one on each rank.)
+    (MLX can look for a backend itself, but where all fail each rank silently becomes a group of one.)
     """
     if "MLX_RANK" in environment:
         if "MLX_JACCL_COORDINATOR" in environment:
@@ -178,12 +177,12 @@ def _backend(environment: Mapping[str, str]) -> str | None:
     return "mpi" if any(size != "1" for size in sizes) else None
 
 
-def share(batch_size: int, gradient_accumulation_steps: int, rank: int, size: int) -> list[range]:
-    """The windows of one optimizer step that a rank takes, of all ranks' 0 .. batch_size
-    gradient_accumulation_steps - 1: a range for each of its micro-batches.
+def rank_windows(batch_size: int, gradient_accumulation_steps: int, rank: int, size: int) -> list[range]:
+    """A rank's share of one optimizer step, whose windows are numbered from 0 to
+    batch_size * gradient_accumulation_steps - 1: a range of numbers for each of the rank's micro-batches.
 
-    Whole micro-batches where they come out even, every size-th one; else a part of each. The mean over the ranks of
-    their mean loss is then the mean over all windows. ValueError where neither comes out even.
+    Each rank takes every size-th micro-batch if their number is a multiple of the size; else an equal part of each
+    micro-batch. So the mean of the ranks' mean losses is the mean over all windows. ValueError if neither is possible.
     """
     starts = range(0, batch_size * gradient_accumulation_steps, batch_size)
     if gradient_accumulation_steps % size == 0:

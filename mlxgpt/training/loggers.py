@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, from the optional extras: what metrics.jsonl has goes there too."""
+"""Loggers for TensorBoard and Weights & Biases, which get every line of metrics.jsonl; both are optional extras."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from .recipe import TrainConfig
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"  # in the run's directory
 
 
-def require(config: TrainConfig) -> None:
-    """ValueError, naming what to install, for a logger that is asked for and not there. Before anything is written."""
+def require_packages(config: TrainConfig) -> None:
+    """ValueError, with the command that installs it, for a package that the settings need and that is missing. To be
+    called before anything is written."""
     for setting, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        # A namespace of that name has no origin: W&B makes a directory `wandb` where it is run.
+        # W&B makes a directory `wandb` where it is run, which Python finds as a namespace package, without an origin.
         if getattr(config, setting) and ((spec := find_spec(package)) is None or spec.origin is None):
             raise ValueError(f"{setting} needs the package {package}: pip install 'mlxgpt[{setting}]'")
 
 
-def start(
+def open_loggers(
     config: TrainConfig, out_dir: Path, after: int | None, settings: Mapping[str, Any], warn: Callable[[str], None]
 ) -> list[Logger]:
-    """The loggers of a run's metrics, each of which begins anew, or goes on after some steps.
+    """The loggers that a run's settings ask for, each new, or with `after` continued after that many steps.
 
-    To be called before Metrics, whose `after` is the same: it takes later lines away. `settings` are shown beside
-    the run. What W&B can't do is a line to `warn`, and no end of the run.
+    To be called before Metrics, whose `after` is the same, and which drops the later lines. `settings` are shown beside
+    the run. A failure of W&B doesn't end the run: `warn` is given a line about it.
     """
     loggers: list[Logger] = []
     if config.tensorboard:
@@ -42,7 +43,7 @@ def start(
 
 
 class TensorBoard:
-    """Writes event files. Those of steps after the one that a run goes on from are hidden by a mark."""
+    """Writes TensorBoard's event files. A mark in a resumed run's file hides later steps of the files before it."""
 
     def __init__(self, directory: Path, after: int | None) -> None:
         from tensorboardX import SummaryWriter
@@ -50,9 +51,9 @@ class TensorBoard:
         if after is None:
             shutil.rmtree(directory, ignore_errors=True)
         purge = None if after is None else after + 1
-        # A file's name has its second, in which a run may end and go on: hence the suffix.
+        # A file's name holds the second of its creation, and a run may stop and resume within one: hence the suffix.
         suffix = f".{uuid.uuid4().hex[:8]}"
-        # Writing is another thread's; a process that is killed loses what it logged in its last second.
+        # A thread of tensorboardX writes; a process that is killed loses what it logged in its last second.
         self._writer = SummaryWriter(str(directory), purge_step=purge, filename_suffix=suffix, flush_secs=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -66,7 +67,7 @@ class TensorBoard:
 class WandB:
     """Logs to a project of Weights & Biases; without a connection into out_dir/wandb, for `wandb sync`.
 
-    A run that goes on is the same run there. W&B's history can't be taken back: steps that it has are not logged again.
+    A resumed run is the same run there. W&B's history can't be changed: steps that it has are not logged a second time.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class WandB:
                 self._run = wandb.init(**options, mode="offline")
         if self._run is not None:
             self._first = self._run.starting_step
-            if after is not None and self._run.offline and metrics.exists():  # what W&B would know
+            if after is not None and self._run.offline and metrics.exists():  # offline, W&B does not say which it has
                 self._first = History.read(metrics).last("step", -1) + 1
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -106,7 +107,7 @@ class WandB:
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
-        """A failure of W&B's ends the logging, not the run."""
+        """Lets a failure of W&B end the logging, and not the run."""
         try:
             yield
         except Exception as error:
@@ -115,5 +116,5 @@ class WandB:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what W&B says."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

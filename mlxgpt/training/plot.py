@@ -1,4 +1,4 @@
-"""Loss curves: of a run or of several, as a picture and in the terminal."""
+"""Loss curves of one run or several, as a picture and in the terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from rich.console import Console
 from ..common.disk import write_file
 from .metrics import History
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white swallows.
+# Okabe and Ito's colours, which the colour-blind can tell apart, without yellow, which is hard to see on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 1, 1, 1, 1, 1)), (0, (8, 4)))  # when the colours are used up
+STYLES: tuple[Any, ...] = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (8, 1, 1, 1, 1, 1)),
+    (0, (8, 4)),
+)  # one for each time that all colours are used
 LABELS = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
-MOST_IN_COLUMN = 20  # runs in a column of the legend beside the axes
+MOST_IN_COLUMN = 20  # runs in each column of a legend beside the axes
 
 
 def draw_losses(
     runs: Mapping[str, History], path: Path, *, title: str = "", x: str = "step", log: bool = False
 ) -> None:
-    """Training (thin) and validation losses (bold) of some runs over x: step, tokens or seconds. A PNG."""
+    """Writes a PNG with the training losses (thin) and validation losses (bold) of runs over x: step, tokens or
+    seconds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
@@ -71,7 +79,7 @@ def _shortened(name: str) -> str:
 
 
 def terminal_losses(curves: Mapping[str, tuple[list[float], list[float]]], console: Console, x: str = "step") -> str:
-    """Curves in characters, for the terminal. Those named `training` are drawn as points."""
+    """Curves drawn with characters, for the terminal; a curve named `training` as points, the others as lines."""
     import uniplot
 
     shown = {name: curve for name, curve in curves.items() if curve[0]}

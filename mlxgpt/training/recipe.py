@@ -1,12 +1,13 @@
-"""Settings of a training run, and the presets that stand for many of them."""
+"""The settings of a training run, and the presets: named sets of them."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..common.settings import nearest, require, require_at_least, require_seed
+from ..common.settings import nearest, require, require_at_least, require_seed, settings
 from ..model.config import GPTConfig
 
 
@@ -15,10 +16,10 @@ class TrainConfig:
     """Train a GPT on text. With no arguments: a small model on Python's own standard library."""
 
     preset: str = ""
-    """cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl: where the other defaults come from;
+    """the defaults of the other settings: cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large or gpt2-xl;
     unset, cpu on the CPU and shakespeare-char on the GPU"""
     config: str = ""
-    """a TOML file that sets any of these names; the command line wins over it"""
+    """a TOML file with any of these settings; the command line wins over it"""
 
     data: str = "stdlib"
     """a text file, a directory, a glob, or a named corpus: stdlib (the Python standard library's source, found
@@ -30,15 +31,15 @@ class TrainConfig:
     overwrite: bool = False
     """write into an out_dir that already holds a run"""
     init_from: str = ""
-    """what to start from, its weights, shape and tokenizer: a model directory, a run, nanoGPT's ckpt.pt, or what else
-    the converter reads"""
+    """begin with the weights, shape and tokenizer of this model: a model directory, a run, nanoGPT's ckpt.pt, or
+    anything else that the converter reads"""
     resume: str = ""
-    """a run, or a model directory with training state, to go on with; its settings hold unless others are given"""
+    """continue this run, or this model directory with training state; its settings hold unless others are given"""
 
     batch_size: int = 12
     """sequences per micro-batch"""
     gradient_accumulation_steps: int = 1
-    """micro-batches per optimizer step, each of other text"""
+    """micro-batches per optimizer step, each of different text"""
     max_iters: int = 2000
     """optimizer steps"""
     learning_rate: float = 1e-3
@@ -71,20 +72,20 @@ class TrainConfig:
     save_interval: int | None = None
     """steps between checkpoints; None is eval_interval"""
     keep_last: int = 2
-    """checkpoints that are kept beside the best one"""
+    """newest checkpoints to keep, beside the best one"""
     max_skipped: int = 10
-    """steps in a row with a loss or gradient that is not finite, each skipped, after which the run stops"""
+    """a step whose loss or gradient is not finite is skipped; after this many in a row the run stops"""
     spike_threshold: float = 6.0
-    """standard deviations above the running mean from which on a loss is logged as a spike; 0 looks for none"""
+    """a loss more than this many standard deviations above the running mean is logged as a spike; 0 logs none"""
 
     freeze: str = ""
-    """parameters not to train, by their names or how those begin, separated by commas: wte,wpe,h.0"""
+    """parameters not to train: names, or beginnings of names, separated by commas, as in wte,wpe,h.0"""
     lora_rank: int = 0
-    """above 0, weights stay as they are, and a correction of this rank to some of them is trained"""
+    """above 0, train LoRA adapters of this rank and leave the weights as they are"""
     lora_alpha: float | None = None
-    """the correction is scaled by lora_alpha / lora_rank; None is 2 lora_rank"""
+    """the adapters' output is scaled by lora_alpha / lora_rank; None is 2 lora_rank"""
     lora_targets: str = "attn.c_attn,attn.c_proj"
-    """the linear layers that are corrected, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"""
+    """the linear layers that get adapters: any of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"""
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes the GPU where MLX has one"""
@@ -93,15 +94,15 @@ class TrainConfig:
     compile: bool = True
     """compile the training step with mx.compile (GPU only)"""
     grad_checkpoint: bool = False
-    """keep only the input of each block for the backward pass, and compute the rest again there: less memory,
-    about a third more time"""
+    """keep only each block's input for the backward pass, and recompute the rest there: less memory, about a third
+    more time"""
     seed: int = 1337
-    """of the initial weights, the batches, dropout and the samples"""
+    """seeds initial weights, data order, dropout and samples"""
 
     tensorboard: bool = False
     """write out_dir/tensorboard too (pip install 'mlxgpt[tensorboard]')"""
     wandb: str = ""
-    """a project of Weights & Biases to log to as well (pip install 'mlxgpt[wandb]')"""
+    """log to this project of Weights & Biases too (pip install 'mlxgpt[wandb]')"""
 
     model: GPTConfig = field(default_factory=GPTConfig)
 
@@ -115,17 +116,26 @@ class TrainConfig:
             require_at_least(1, self, "save_interval")
         require_seed(self.seed)
         require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a finite number above 0")
-        if self.min_lr is not None:
-            require(
-                0 <= self.min_lr <= self.learning_rate,
-                "min_lr",
-                self.min_lr,
-                f"0 to learning_rate = {self.learning_rate}",
-            )
+        if (low := self.min_lr) is not None:
+            require(0 <= low <= self.learning_rate, "min_lr", low, f"0 to learning_rate = {self.learning_rate}")
         if self.lr_decay_iters is not None:
             require_at_least(1, self, "lr_decay_iters")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), f"0 <= {name} < 1")
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their flat names, the model's among them."""
+        values = {**vars(self), **vars(self.model)}
+        return {name: values[name] for name in settings(TrainConfig)}
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that a run records, by their flat names: all that are needed to repeat it."""
+        return {name: value for name, value in self.flat().items() if name not in ("config", "resume")}
+
+    def toml(self) -> bytes:
+        """The content of a run's settings.toml: `--config` with this file repeats the run."""
+        values = {name: value for name, value in self.recorded().items() if value is not None}
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()).encode()
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int = 1024) -> dict[str, Any]:
@@ -156,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a preset, by their flat names. ValueError names the nearest one."""
+    """The settings of a preset, by their flat names. ValueError for an unknown preset names the nearest one."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset '{name}'{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return PRESETS[name]

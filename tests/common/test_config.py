@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mlxgpt import train
 from mlxgpt.common import cli
 from mlxgpt.common.settings import from_dict, settings
 from mlxgpt.generate import SampleConfig
@@ -15,8 +16,7 @@ from mlxgpt.training.recipe import PRESETS, TrainConfig, preset
 
 
 def parse(*args: str) -> TrainConfig:
-    default, _ = cli.with_defaults(TrainConfig, args, preset, "cpu")
-    return cli.parse(TrainConfig, args, "mlxgpt.train", default)
+    return train.settings_from(["--device", "cpu", *args])[0]
 
 
 def test_default_model_is_the_documented_one():

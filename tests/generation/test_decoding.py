@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlxgpt.cpu import extension
+from mlxgpt.formats import gpt2, quantized
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.generation.sampling import Sampler
@@ -100,10 +101,10 @@ def test_low_precision_is_computed_with_as_it_lies(backend, tmp_path, dtype, bit
     weights = {name: p.astype(dtype) for name, p in model.named_weights().items()}
     quantization = {"group_size": 64, "bits": bits} if bits < 16 else None
     if quantization:
-        weights = checkpoint.quantize(weights, bits)
+        weights = quantized.quantize(weights, bits)
     else:
         weights = {f"model.{name}": p for name, p in weights.items()}
-    (tmp_path / "config.json").write_bytes(checkpoint.config_json(model.config, quantization=quantization))
+    (tmp_path / "config.json").write_bytes(gpt2.config_json(model.config, quantization=quantization))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
     low = checkpoint.load_model(tmp_path, dtype=None)
     stays = bits < 16 and (bits != 3 or backend == "mlx")

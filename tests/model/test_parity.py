@@ -8,11 +8,12 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
+from mlxgpt.formats import gpt2, quantized, training_state
 from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import training_state
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 from mlxgpt.training import trainer as training
+from mlxgpt.training.checkpoints import restore_optimizer
 from mlxgpt.training.optim import learning_rate
 from mlxgpt.training.recipe import TrainConfig
 
@@ -110,10 +111,8 @@ def test_mlx_lm_reads_our_directories_and_we_read_mlx_lms(bits, bias, tmp_path):
     checkpoint.save_model(tmp_path / "m", gpt, tokenizer)
     if bits:
         quantization = {"group_size": 64, "bits": bits}
-        (tmp_path / "m" / "config.json").write_bytes(
-            checkpoint.config_json(config, tokenizer, quantization=quantization)
-        )
-        weights = checkpoint.quantize(checkpoint.with_zero_biases(gpt.named_weights(), config), bits)
+        (tmp_path / "m" / "config.json").write_bytes(gpt2.config_json(config, tokenizer, quantization=quantization))
+        weights = quantized.quantize(checkpoint.with_zero_biases(gpt.named_weights(), config), bits)
         mx.save_safetensors(str(tmp_path / "m" / "model.safetensors"), weights, {"format": "mlx"})
     ids = mx.array(np.random.default_rng(1).integers(0, 20, (2, 12)).astype(np.int32))
     logits = checkpoint.load_model(tmp_path / "m")(ids)
@@ -172,7 +171,7 @@ def test_training_goes_on_where_pytorch_stopped(options, tmp_path):
     (tmp_path / "m" / training_state.TRAINING).write_bytes(record)
 
     trainer = training.Trainer(checkpoint.load_model(tmp_path / "m"), config)
-    trainer.steps = training_state.load_training_state(tmp_path / "m", trainer.model, trainer.optimizer)["step"]
+    trainer.steps = restore_optimizer(tmp_path / "m", trainer.model, trainer.optimizer)["step"]
     losses = [trainer.step([batch]).item() for batch in batches[20:]]
     expected = torch_gpt.train(theirs, batches[20:], rates[20:], optimizer)
     assert np.abs(np.array(losses) - expected).max() < 1e-5

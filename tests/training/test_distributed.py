@@ -36,7 +36,7 @@ def corpus(tmp_path, monkeypatch) -> None:
 
 
 def start(ranks: Sequence[Sequence[str]], hostfile: str = "hosts.json") -> list[subprocess.Popen]:
-    """Python with the arguments of each rank, on ports of the loopback that are free."""
+    """Starts Python with the arguments of each rank; the ranks meet on free ports of the loopback."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in ranks]
     Path(hostfile).write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
     for s in sockets:
@@ -52,7 +52,7 @@ def start(ranks: Sequence[Sequence[str]], hostfile: str = "hosts.json") -> list[
 
 
 def finish(processes: Sequence[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
-    """What each has written, all read at once, since one whose pipe is full holds up the others."""
+    """Waits for all processes and returns what they wrote. All are read at once: one whose pipe is full would block."""
     results: dict[int, subprocess.CompletedProcess] = {}
 
     def wait(rank: int, process: subprocess.Popen) -> None:
@@ -87,8 +87,8 @@ def files(directory: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("batch_size", "micro_batches", "size"), [(3, 4, 2), (4, 3, 2), (4, 1, 4), (1, 4, 4), (5, 2, 1)]
 )
-def test_shares_are_all_windows_once_and_alike(batch_size, micro_batches, size):
-    shares = [distributed.share(batch_size, micro_batches, rank, size) for rank in range(size)]
+def test_the_ranks_share_all_windows_once_and_equally(batch_size, micro_batches, size):
+    shares = [distributed.rank_windows(batch_size, micro_batches, rank, size) for rank in range(size)]
     assert len({tuple(map(len, share)) for share in shares}) == 1
     windows = list(itertools.chain(*itertools.chain(*shares)))
     assert sorted(windows) == list(range(batch_size * micro_batches))
@@ -98,36 +98,52 @@ def test_shares_are_all_windows_once_and_alike(batch_size, micro_batches, size):
 def test_a_step_that_cannot_be_shared_is_refused():
     expected = "batch_size is 6 and gradient_accumulation_steps 3, expected one of them to be a multiple of the 4 ranks"
     with pytest.raises(ValueError, match=expected):
-        distributed.share(6, 3, 0, 4)
+        distributed.rank_windows(6, 3, 0, 4)
 
 
-def test_a_process_that_was_not_launched_is_a_group_of_its_own(monkeypatch):
+def test_a_process_without_a_launcher_is_a_group_of_one(monkeypatch):
     monkeypatch.delitem(sys.modules, "mlxgpt.training.watch", raising=False)
-    with distributed.start() as group:
+    with distributed.join_group() as group:
         assert (group.rank, group.size, group.any(True), group.any(False)) == (0, 1, True, False)
         tree = {"a": mx.ones(2)}
         assert group.average(tree) is tree
-        assert group.mean(1.5, 2) == [1.5, 2]
         group.agree({"a": 1})
     assert "mlxgpt.training.watch" not in sys.modules
 
 
-def test_the_launchers_variables_say_the_backend(tmp_path):
-    for content, backend in (("[[]]", "ring"), ("\n", None)):
-        (tmp_path / "hosts").write_text(content)
-        assert distributed._backend({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")}) == backend
-    assert distributed._backend({"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "10.0.0.1:1"}) == "jaccl"
-    assert distributed._backend({"MLX_RANK": "0", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}) == "nccl"
-    assert distributed._backend({"OMPI_COMM_WORLD_SIZE": "2"}) == "mpi"
-    assert distributed._backend({"OMPI_COMM_WORLD_SIZE": "1"}) is None
-    assert distributed._backend({}) is None
+@pytest.mark.parametrize(
+    ("variables", "backend"),
+    [
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": "[[]]"}, "ring"),
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": "\n"}, None),
+        ({"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "10.0.0.1:1"}, "jaccl"),
+        ({"MLX_RANK": "0", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}, "nccl"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_the_launchers_variables_choose_the_backend(tmp_path, monkeypatch, variables, backend):
+    def refuse(strict, backend):
+        raise RuntimeError("no such network")
+
+    monkeypatch.setattr(mx.distributed, "init", refuse)
+    for name, value in variables.items():
+        if name == "MLX_HOSTFILE":
+            (tmp_path / "hosts").write_text(value)
+            value = str(tmp_path / "hosts")
+        monkeypatch.setenv(name, value)
+    if backend is None:
+        assert distributed.join_group().size == 1
+        return
+    with pytest.raises(ConnectionError, match=f"MLX's backend {backend} does not start: no such network"):
+        distributed.join_group()
 
 
 GROUP_SCRIPT = """
 import json, zlib
 import mlx.core as mx, numpy as np
 from mlxgpt.training import distributed, trainer as training
-from mlxgpt.cpu import extension
 from mlxgpt.cpu import extension
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.training.recipe import TrainConfig
@@ -142,7 +158,7 @@ def run(group, batch_size, micro_batches):
     model = GPT(shape)
     model.update(group.broadcast(model.parameters()))
     trainer = training.Trainer(model, config, group)
-    share = distributed.share(batch_size, micro_batches, group.rank, group.size)
+    share = distributed.rank_windows(batch_size, micro_batches, group.rank, group.size)
     losses = []
     for step in range(5):
         ids = np.random.default_rng(step).integers(0, 32, (batch_size * micro_batches, 17)).astype(np.int32)
@@ -151,7 +167,7 @@ def run(group, batch_size, micro_batches):
     weights = b"".join(np.array(w).tobytes() for w in model.named_weights().values())
     return losses, zlib.crc32(weights)
 
-with distributed.start() as group:
+with distributed.join_group() as group:
     results = [run(group, *c) for c in ((4, 1), (2, 4))]
     with extension.switched_off():
         results += [run(group, *c) for c in ((4, 1), (2, 4))]
@@ -190,7 +206,7 @@ def test_the_ranks_train_as_one_process_does(one_process, size):
     assert first[4] == f"lr is 0.2 on rank 1 ({host}), but 0.1 on rank 0 ({host})"
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(capsys):
+def test_a_run_is_resumed_with_another_number_of_ranks(capsys):
     train.main([*FLAGS, "--out_dir", "whole", "--max_iters", "6"])
     first = launch(*[[*COMMAND, *FLAGS, "--out_dir", "run", "--max_iters", "2"]] * 2)
     assert [r.returncode for r in first] == [0, 0], first
@@ -203,7 +219,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(capsys):
     assert {step for _, step in curve("run")} == set(range(7))
 
 
-def test_mlx_launch_starts_it():
+def test_mlx_launch_starts_the_ranks():
     flags = [*FLAGS, "--out_dir", "run", "--max_iters", "2", "--gradient_accumulation_steps", "2"]
     port = socket.create_server(("127.0.0.1", 0))
     number = port.getsockname()[1]
@@ -254,7 +270,7 @@ import sys
 import mlx.core as mx
 from mlxgpt.training import distributed, watch
 watch.SILENCE = float(sys.argv[1])
-with distributed.start() as group:
+with distributed.join_group() as group:
     group.on_death(lambda: open(f"farewell{group.rank}", "w").close())
     for n in range(10**9):
         group.average([mx.ones(1000)])
@@ -264,7 +280,7 @@ with distributed.start() as group:
 
 
 @pytest.mark.parametrize(("victim", "number"), [(0, "KILL"), (1, "KILL"), (2, "KILL"), (1, "STOP")])
-def test_a_rank_that_dies_ends_the_others_by_its_name(victim, number):
+def test_a_rank_that_dies_is_named_and_ends_the_others(victim, number):
     processes = start([["-c", LOOP_SCRIPT, "30" if number == "KILL" else "2"]] * 3)
     for process in processes:
         assert process.stdout.readline() == "runs\n"
@@ -284,8 +300,8 @@ def test_a_rank_that_dies_ends_the_others_by_its_name(victim, number):
         assert Path(f"farewell{rank}").exists()
 
 
-def test_a_rank_that_never_comes_ends_the_others():
-    script = "from mlxgpt.training import distributed, watch; watch.START = 0.5; distributed.start()"
+def test_a_rank_that_never_starts_ends_the_others():
+    script = "from mlxgpt.training import distributed, watch; watch.START = 0.5; distributed.join_group()"
     (result, _) = launch(["-c", script], ["-c", ""])
     assert result.returncode != 0
     (line,) = result.stderr.splitlines()

@@ -18,7 +18,7 @@ from mlxgpt.training.recipe import TrainConfig
 def a_run(path: Path, config: TrainConfig, after: int | None, steps: range, said: list[str]) -> None:
     """Logs a loss for each step and an evaluation at the last."""
     metrics = Metrics(
-        path / "metrics.jsonl", after, loggers.start(config, path, after, {"learning_rate": 1e-3}, said.append)
+        path / "metrics.jsonl", after, loggers.open_loggers(config, path, after, {"learning_rate": 1e-3}, said.append)
     )
     for step in steps:
         metrics.add(step=step, loss=10.0 - step, mfu=0.5)
@@ -28,7 +28,7 @@ def a_run(path: Path, config: TrainConfig, after: int | None, steps: range, said
 
 
 def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: a start mark hides what other files have from its step on."""
+    """What TensorBoard shows: a start mark in a file hides the later steps of the files before it."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     points: list[tuple[str, int, float]] = []
     for file in sorted(directory.iterdir(), key=lambda f: f.stat().st_mtime_ns):
@@ -46,7 +46,7 @@ def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_each_line_once(tmp_path):
     pytest.importorskip("tensorboardX")
     config = TrainConfig(tensorboard=True)
-    loggers.require(config)
+    loggers.require_packages(config)
     a_run(tmp_path, config, None, range(1, 8), [])
     a_run(tmp_path, config, 4, range(5, 10), [])
     assert shown(tmp_path / "tensorboard") == {
@@ -61,7 +61,7 @@ def test_tensorboard_has_each_line_once(tmp_path):
 
 
 def test_a_line_is_in_tensorboard_soon(tmp_path):
-    """Without an end of the run, which may be killed."""
+    """It does not wait for the end of the run, which may be killed."""
     pytest.importorskip("tensorboardX")
     metrics = Metrics(tmp_path / "m", None, [loggers.TensorBoard(tmp_path / "tensorboard", None)])
     metrics.add(step=1, loss=3.0)
@@ -82,9 +82,9 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, config, package):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(ValueError, match=message):
-        loggers.require(config)
-    loggers.require(TrainConfig())
-    assert loggers.start(TrainConfig(), tmp_path, None, {}, print) == []
+        loggers.require_packages(config)
+    loggers.require_packages(TrainConfig())
+    assert loggers.open_loggers(TrainConfig(), tmp_path, None, {}, print) == []
 
 
 class Offline:
@@ -117,7 +117,7 @@ def use(monkeypatch, stand_in: Offline) -> Offline:
     return stand_in
 
 
-def test_wandb_goes_on_offline_and_as_the_same_run(monkeypatch, tmp_path):
+def test_wandb_logs_offline_and_a_resumed_run_is_the_same_run(monkeypatch, tmp_path):
     config, said = TrainConfig(wandb="gpt"), []
     wandb = use(monkeypatch, Offline(online=OSError("no route to host\nand more")))
     a_run(tmp_path, config, None, range(1, 4), said)

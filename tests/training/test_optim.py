@@ -12,12 +12,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlxgpt.cpu import extension, memory
 from mlxgpt.cpu.entry import OnKernels
 from mlxgpt.cpu.tape import ParameterGradient, Tape
-from mlxgpt.formats import foreign as convert
 from mlxgpt.formats import model_directory as checkpoint
-from mlxgpt.formats import training_state
+from mlxgpt.formats import nanogpt, sources
 from mlxgpt.model import ops
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
+from mlxgpt.training.checkpoints import Checkpoints, TrainingState, restore_optimizer
 from mlxgpt.training.recipe import TrainConfig
 from mlxgpt.training.trainer import Trainer
 
@@ -262,18 +262,18 @@ def test_training_with_frozen_parameters_goes_on_from_its_files(tmp_path, on_ker
         t = trainer("wte,h.1,ln_f.bias")
         for _ in range(2):
             t.step(batches(1))
-        checkpoints = training_state.Checkpoints(tmp_path, 1)
-        checkpoints.save(t.model, None, training_state.TrainingState(t.optimizer, 2, None, {}), best=False)
+        checkpoints = Checkpoints(tmp_path, 1)
+        checkpoints.save(t.model, None, TrainingState(t.optimizer, 2, None, {}), best=False)
         checkpoints.wait()
         expected = [t.step(batches(1)).item() for _ in range(3)]
         other = trainer("wte,h.1,ln_f.bias")
         other.model.update(checkpoint.load_model(tmp_path / "last").parameters())
-        training_state.load_training_state(tmp_path / "last", other.model, other.optimizer)
+        restore_optimizer(tmp_path / "last", other.model, other.optimizer)
         other.steps = 2
         assert [other.step(batches(1)).item() for _ in range(3)] == expected
     with pytest.raises(ValueError, match=r"optimizer.safetensors: missing m.wte.weight; .*missing m.h.1"):
         everything = trainer()
-        training_state.load_training_state(tmp_path / "last", everything.model, everything.optimizer)
-    source = convert.read(tmp_path / "last")  # the converter takes them along, and nanoGPT's optimizer the same
-    numbers = convert.nanogpt_content(source)["optimizer"]["state"]
+        restore_optimizer(tmp_path / "last", everything.model, everything.optimizer)
+    source = sources.read_model(tmp_path / "last")  # the converter takes them along, and nanoGPT's optimizer the same
+    numbers = nanogpt.checkpoint_of(source)["optimizer"]["state"]
     assert len(numbers) == len(source.averages) / 2 == 28 - 14

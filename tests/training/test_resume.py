@@ -1,4 +1,4 @@
-"""A run that is broken off, by whatever, and resumed is the run that was not."""
+"""A run that is interrupted in any way and resumed equals one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FLAGS = (
     "--gradient_accumulation_steps 2 --learning_rate 0.01 --warmup_iters 20 --max_iters 300 --eval_interval 50 "
     "--eval_iters 2 --save_interval 4 --log_interval 3 --sample_tokens 8"
 ).split()
-TIMES = {"tokens_per_s", "mfu", "memory", "seconds"}  # what no two runs have in common
+TIMES = {"tokens_per_s", "mfu", "memory", "seconds"}  # which differ between any two runs
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Iterator[Path]:
-    """A directory with a text and a whole run; in memory if it can be, as a disk takes its time for checkpoints."""
+    """A directory with a text and an uninterrupted run; in memory if possible, where checkpoints are written fast."""
     memory = Path("/dev/shm")
     where = memory if memory.is_dir() and os.access(memory, os.W_OK) else tmp_path_factory.getbasetemp()
     with tempfile.TemporaryDirectory(dir=where) as directory:
@@ -58,7 +58,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def result(run: Path) -> dict[str, object]:
-    """All that two runs that went the same way have in common."""
+    """Everything in which two equal runs must agree."""
     found: dict[str, object] = {
         "metrics": metrics(run),
         "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir()),
@@ -75,7 +75,7 @@ def result(run: Path) -> dict[str, object]:
     return found
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(place):
+def test_a_run_that_is_killed_many_times_equals_one_that_was_not(place):
     run, when = place / "run", random.Random(1)
     args, kills, in_a_save = ("--data", "text.txt", "--out_dir", "run", *FLAGS), 0, 0
     while kills < 20:
@@ -103,7 +103,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(place, number):
+def test_a_signal_saves_and_prints_the_command_to_resume_with(place, number):
     run = f"run-{number}"
     process = start("--data", "text.txt", "--out_dir", run, *FLAGS, cwd=place)
     for line in process.stdout:

@@ -23,7 +23,7 @@ def yardstick(monkeypatch):
     return module
 
 
-def test_the_curves_are_one_until_a_recipe_differs(yardstick, tmp_path, monkeypatch, capsys):
+def test_the_two_curves_agree_until_the_recipes_differ(yardstick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(yardstick, "EVAL_BATCHES", 2)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(1500)))

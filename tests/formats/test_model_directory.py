@@ -18,41 +18,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from random_models import TINY, random_gpt, rewrite
 
 from mlxgpt.cpu import extension
 from mlxgpt.data import tokenizer
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
-from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.formats import mlx_arrays, model_directory
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
-TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 CHARS = CharTokenizer("abcdefghijk")
-
-
-def random_model(config: GPTConfig = TINY) -> GPT:
-    """With no zeros and ones left, so that a swapped or forgotten tensor shows."""
-    model = GPT(config)
-    for name, p in tree_flatten(model.parameters()):
-        if p.ndim == 1:
-            module = model
-            *path, leaf = name.split(".")
-            for part in path:
-                module = module[int(part)] if part.isdigit() else module[part]
-            module[leaf] = p + mx.random.normal(p.shape)
-    return model
-
-
-def rewrite(directory: Path, change) -> None:
-    weights = mx.load(str(directory / "model.safetensors"))
-    mx.eval(weights)
-    change(weights)
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "pt"})
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    checkpoint.save_model(tmp_path / "model", random_model(), CHARS)
+    model_directory.save_model(tmp_path / "model", random_gpt(), CHARS)
     return tmp_path / "model"
 
 
@@ -60,15 +40,15 @@ def saved(tmp_path) -> Path:
 @pytest.mark.parametrize(("activation", "tied_head"), [("gelu", True), ("gelu_new", True), ("gelu", False)])
 def test_there_and_back_to_the_bit(tmp_path, bias, activation, tied_head):
     config = replace(TINY, bias=bias, activation=activation, tied_head=tied_head)
-    model = random_model(config)
-    checkpoint.save_model(tmp_path / "m", model, CHARS)
-    again = checkpoint.load_model(tmp_path / "m")
+    model = random_gpt(config)
+    model_directory.save_model(tmp_path / "m", model, CHARS)
+    again = model_directory.load_model(tmp_path / "m")
     assert again.config == config
     assert tokenizer.load(tmp_path / "m").encode("cab").tolist() == [2, 0, 1]
-    theirs = dict(tree_flatten(again.parameters()))
+    found = dict(tree_flatten(again.parameters()))
     for name, p in tree_flatten(model.parameters()):
-        assert np.array_equal(np.array(p), np.array(theirs.pop(name))), name
-    assert not theirs
+        assert np.array_equal(np.array(p), np.array(found.pop(name))), name
+    assert not found
     assert not [p for p in tmp_path.iterdir() if p.name != "m"]
 
 
@@ -87,15 +67,15 @@ def test_files_are_hugging_faces(saved):
 
 def test_a_directory_made_by_transformers_gives_its_logits():
     file = golden.load("hf_gpt2.npz")
-    model = checkpoint.load_model(golden.GOLDEN / "hf_gpt2")
+    model = model_directory.load_model(golden.GOLDEN / "hf_gpt2")
     logits = np.array(model(mx.array(file["ids"].astype(np.int32))))
     assert np.abs(file["logits"]).max() > 5
     assert np.abs(logits - file["logits"]).max() < 1e-4
 
 
 def test_models_without_biases_are_written_with_zero_ones(tmp_path):
-    model = random_model(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=False))
-    checkpoint.save_model(tmp_path / "m", model)
+    model = random_gpt(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=False))
+    model_directory.save_model(tmp_path / "m", model)
     weights = mx.load(str(tmp_path / "m" / "model.safetensors"))
     for name, size in {"ln_f.bias": 8, "h.0.attn.c_attn.bias": 24, "h.0.mlp.c_proj.bias": 8}.items():
         assert weights[name].shape == (size,)
@@ -104,12 +84,12 @@ def test_models_without_biases_are_written_with_zero_ones(tmp_path):
 
 
 def test_saving_again_replaces_the_weights(saved):
-    model = random_model()
-    checkpoint.save_model(saved, model, CHARS)
-    assert mx.array_equal(checkpoint.load_model(saved).wte.weight, model.wte.weight).item()
-    other = random_model(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
-    checkpoint.save_model(saved, other, BPETokenizer.gpt2())
-    assert checkpoint.load_model(saved).config == other.config
+    model = random_gpt()
+    model_directory.save_model(saved, model, CHARS)
+    assert mx.array_equal(model_directory.load_model(saved).wte.weight, model.wte.weight).item()
+    other = random_gpt(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=4))
+    model_directory.save_model(saved, other, BPETokenizer.gpt2())
+    assert model_directory.load_model(saved).config == other.config
     assert tokenizer.load(saved).vocab_size == 50257
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
@@ -122,9 +102,9 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch, same_shape):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    model = random_model(TINY if same_shape else GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
+    model = random_gpt(TINY if same_shape else GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=1, n_embd=4))
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_model(saved, model, CHARS)
+        model_directory.save_model(saved, model, CHARS)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
@@ -135,9 +115,9 @@ def test_a_full_disk_leaves_the_old_model(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(OSError, match="model: the model can't be written"):
-            checkpoint.save_model(saved, random_model(), CHARS)
+            model_directory.save_model(saved, random_gpt(), CHARS)
         with pytest.raises(OSError):
-            checkpoint.save_model(saved.with_name("new"), random_model(), CHARS)
+            model_directory.save_model(saved.with_name("new"), random_gpt(), CHARS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
@@ -145,14 +125,14 @@ def test_a_full_disk_leaves_the_old_model(saved):
 
 
 def test_find_model_takes_a_run_or_a_model(saved, tmp_path):
-    assert checkpoint.find_model(saved) == saved
+    assert model_directory.find_model(saved) == saved
     (tmp_path / "run").mkdir()
     shutil.copytree(saved, tmp_path / "run" / "best")
-    assert checkpoint.find_model(tmp_path / "run") == tmp_path / "run" / "best"
+    assert model_directory.find_model(tmp_path / "run") == tmp_path / "run" / "best"
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
-        checkpoint.find_model(tmp_path)
+        model_directory.find_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no directory"):
-        checkpoint.find_model(tmp_path / "nowhere")
+        model_directory.find_model(tmp_path / "nowhere")
 
 
 def test_missing_unknown_and_misshapen_tensors_are_listed(saved):
@@ -163,40 +143,40 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(saved):
 
     rewrite(saved, change)
     with pytest.raises(ValueError) as error:
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
     for part in ("missing ln_f.weight", "unknown h.9.ln_1.weight", "wpe.weight is (9, 8), expected (8, 8)"):
         assert part in str(error.value)
 
 
 def test_a_tied_head_in_the_file_is_dropped_when_it_is_wte(saved):
     rewrite(saved, lambda weights: weights.update({"lm_head.weight": weights["wte.weight"]}))
-    assert "lm_head.weight" not in checkpoint.load_model(saved).named_weights()
+    assert "lm_head.weight" not in model_directory.load_model(saved).named_weights()
     rewrite(saved, lambda weights: weights.update({"lm_head.weight": weights["wte.weight"] * 2}))
     with pytest.raises(ValueError, match=r"lm_head\.weight is not wte\.weight, but tie_word_embeddings says"):
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_low_precision_is_read_as_float32(saved, dtype):
-    low = {name: p.astype(dtype) for name, p in checkpoint.load_model(saved).named_weights().items()}
+    low = {name: p.astype(dtype) for name, p in model_directory.load_model(saved).named_weights().items()}
     rewrite(saved, lambda weights: weights.update({name: t.astype(dtype) for name, t in weights.items()}))
     path = saved / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("mlx.core.")}))
-    for name, p in checkpoint.load_model(saved).named_weights().items():
+    for name, p in model_directory.load_model(saved).named_weights().items():
         assert p.dtype == mx.float32
         assert mx.array_equal(p, low[name].astype(mx.float32)).item(), name
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_weights_stay_in_the_type_of_the_file_if_none_is_asked_for(saved, dtype):
-    original = checkpoint.load_model(saved).named_weights()
+    original = model_directory.load_model(saved).named_weights()
     rewrite(saved, lambda weights: weights.update({name: t.astype(dtype) for name, t in weights.items()}))
-    for name, p in checkpoint.load_model(saved, dtype=None).named_weights().items():
+    for name, p in model_directory.load_model(saved, dtype=None).named_weights().items():
         # the kernels read matrices of any type, and positions and vectors of float32
-        widened = extension.available() and (p.ndim == 1 or name == "wpe.weight")
+        widened = extension.is_used() and (p.ndim == 1 or name == "wpe.weight")
         assert p.dtype == (mx.float32 if widened else dtype)
         assert mx.array_equal(p, original[name].astype(dtype)).item(), name
-    for name, p in checkpoint.load_model(saved, dtype=mx.bfloat16).named_weights().items():
+    for name, p in model_directory.load_model(saved, dtype=mx.bfloat16).named_weights().items():
         assert p.dtype == mx.bfloat16
         assert mx.array_equal(p, original[name].astype(dtype).astype(mx.bfloat16)).item(), name
 
@@ -205,11 +185,11 @@ def test_weights_stay_in_the_type_of_the_file_if_none_is_asked_for(saved, dtype)
 def test_loading_takes_the_memory_of_one_model(tmp_path):
     """And of the largest tensor's part of the file, while it is the only one that is there."""
     model = GPT(replace(TINY, n_embd=256, vocab_size=40000, n_layer=8))
-    checkpoint.save_model(tmp_path / "m", model)
+    model_directory.save_model(tmp_path / "m", model)
     program = (
-        "import re, sys; from pathlib import Path; from mlxgpt.formats import model_directory as checkpoint\n"
+        "import re, sys; from pathlib import Path; from mlxgpt.formats import model_directory\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
-        "before = peak(); model = checkpoint.load_model(Path(sys.argv[1])); print(peak() - before)"
+        "before = peak(); model = model_directory.load_model(Path(sys.argv[1])); print(peak() - before)"
     )
     run = [sys.executable, "-c", program, tmp_path / "m"]
     peak = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout) * 1024
@@ -221,87 +201,26 @@ def test_mlx_has_let_go_of_what_it_read_from(monkeypatch):
     """A thread of MLX's that has yet to, when the interpreter ends, aborts it. Threads switch only where asked to."""
     files = []
 
-    class File(checkpoint._NothingToRead):
+    class File(mlx_arrays.HeaderOnly):
         def __init__(self, tensors) -> None:
             super().__init__(tensors)
             files.append(weakref.ref(self))
 
-    monkeypatch.setattr(checkpoint, "_NothingToRead", File)
+    monkeypatch.setattr(mlx_arrays, "HeaderOnly", File)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
         for _ in range(3000):
-            checkpoint._empty_arrays({"a": ("float32", (2, 3)), "b": ("bfloat16", (5,))})
+            mlx_arrays.uninitialized({"a": ("float32", (2, 3)), "b": ("bfloat16", (5,))})
             assert files.pop()() is None
     finally:
         sys.setswitchinterval(interval)
 
 
-WIDE = replace(TINY, n_embd=96)  # of which only mlp.c_proj's rows, 384 long, are a multiple of 64
-
-
-def save_quantized(directory: Path, model: GPT, bits: int, group_size: int = 64) -> Path:
-    directory.mkdir()
-    quantization = {"group_size": group_size, "bits": bits}
-    (directory / "config.json").write_bytes(checkpoint.config_json(model.config, quantization=quantization))
-    weights = checkpoint.with_zero_biases(model.named_weights(), model.config)
-    mx.save_safetensors(str(directory / "model.safetensors"), checkpoint.quantize(weights, bits, group_size))
-    return directory
-
-
-@pytest.mark.parametrize("options", [{}, dict(bias=False), dict(tied_head=False)])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32)])
-def test_quantized_weights_are_scale_times_number_plus_bias(tmp_path, bits, group_size, options):
-    model = random_model(replace(WIDE, **options))
-    directory = save_quantized(tmp_path / "q", model, bits, group_size)
-    file = {name: np.array(t) for name, t in mx.load(str(directory / "model.safetensors")).items()}
-    ours, original = checkpoint.load_model(directory).named_weights(), model.named_weights()
-    assert ours.keys() == original.keys()
-    packed = []
-    for name, p in ours.items():
-        their_name = name if name == "lm_head.weight" else f"model.{name}"
-        module = their_name.removesuffix(".weight")
-        if f"{module}.scales" not in file:
-            assert np.array_equal(np.array(p), file[their_name]), name
-            continue
-        packed.append(name)
-        words, scales, biases = (file[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
-        numbers = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)  # lowest bits first
-        numbers = numbers.reshape(len(words), -1, group_size)  # (n_out, n_in / group_size, group_size)
-        expected = (scales[..., None] * numbers + biases[..., None]).reshape(p.shape)
-        assert np.abs(np.array(p) - expected).max() < 1e-6, name
-        assert np.abs(np.array(p - original[name])).max() < (0.02 if bits == 4 else 0.002), name
-    matrices = [name for name, p in original.items() if p.ndim == 2]
-    assert packed == (matrices if group_size == 32 else ["h.0.mlp.c_proj.weight", "h.1.mlp.c_proj.weight"])
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        ("scales", None, "unknown h.0.mlp.c_proj.biases"),
-        ("biases", None, "of h.0.mlp.c_proj's weight, scales and biases one is missing"),
-        ("biases", mx.zeros((96, 7)), r"h.0.mlp.c_proj can't be dequantized: scales are \(96, 6\), but"),
-        ("weight", mx.zeros((96, 47), mx.uint32), r"h.0.mlp.c_proj can't be dequantized: "),
-        ("weight", mx.zeros((96, 48)), r"h.0.mlp.c_proj can't be dequantized: "),
-        ("scales", mx.full((96, 6), np.inf), "h.0.mlp.c_proj.weight holds a value that is not finite"),
-    ],
-)
-def test_quantized_tensors_that_do_not_fit_are_named(tmp_path, name, tensor, message):
-    def change(weights):
-        weights[f"model.h.0.mlp.c_proj.{name}"] = tensor
-        if tensor is None:
-            del weights[f"model.h.0.mlp.c_proj.{name}"]
-
-    directory = save_quantized(tmp_path / "q", random_model(WIDE), 4)
-    rewrite(directory, change)
-    with pytest.raises(ValueError, match=message):
-        checkpoint.load_model(directory)
-
-
 def test_numbers_that_are_no_floats_are_refused(saved):
     rewrite(saved, lambda weights: weights.update({"wte.weight": mx.zeros((11, 8), mx.int8)}))
     with pytest.raises(ValueError, match=r"wte\.weight is int8, expected a floating-point type"):
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -311,7 +230,7 @@ def test_a_value_that_is_not_finite_is_named(saved, value):
 
     rewrite(saved, change)
     with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight holds a value that is not finite"):
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
 
 
 def test_large_finite_values_are_fine(saved):
@@ -319,7 +238,7 @@ def test_large_finite_values_are_fine(saved):
         weights["wte.weight"] = mx.full((11, 8), 3e38)  # whose sum is not finite
 
     rewrite(saved, change)
-    assert checkpoint.load_model(saved).wte.weight.max().item() == pytest.approx(3e38)
+    assert model_directory.load_model(saved).wte.weight.max().item() == pytest.approx(3e38)
 
 
 @pytest.mark.parametrize(
@@ -345,14 +264,14 @@ def test_a_config_that_is_not_ours_is_refused(saved, change, message):
     path = saved / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "gpt2"}', "\x00\x01"])
 def test_a_broken_config_is_named(saved, content):
     (saved / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: "):
-        checkpoint.load_config(saved)
+        model_directory.load_config(saved)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])
@@ -360,11 +279,11 @@ def test_weights_cut_short_are_refused(saved, cut):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file, or cut short"):
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        checkpoint.load_model(saved)
+        model_directory.load_model(saved)
