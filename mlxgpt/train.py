@@ -19,9 +19,9 @@ from .common import cli, disk
 from .common.console import say
 from .common.settings import settings
 from .cpu import operations as kernels
-from .data import corpus as data
 from .data import dataset
 from .data.tokenizer import Tokenizer, decode, kind_of
+from .data.windows import Prefetch, Windows
 from .formats import training_state
 from .generation.decoding import Decoder
 from .generation.sampling import Sampler
@@ -95,8 +95,8 @@ class Run:
                 self.best = begin.record["best_val_loss"]
         self._introduce(begin, where)
 
-    def _windows_of(self, shards: Sequence[Any], seed: int, name: str) -> data.Batches:
-        return data.Batches(shards, self.config.model.block_size, seed, name, self.config.model.vocab_size)
+    def _windows_of(self, shards: Sequence[Any], seed: int, name: str) -> Windows:
+        return Windows(shards, self.config.model.block_size, seed, name, self.config.model.vocab_size)
 
     def _introduce(self, begin: start.Start | None, where: mx.Device) -> None:
         """Writes the run's first files, and says what it is."""
@@ -132,7 +132,7 @@ class Run:
         """
         config, interrupted = self.config, _Interrupt()
         save_interval = config.save_interval or config.eval_interval
-        draw, (tokens, seconds) = data.Ahead(self._micro_batches), self._before
+        draw, (tokens, seconds) = Prefetch(self._micro_batches), self._before
         progress = report.Progress(
             self.console, self.first_step, config.max_iters, self._windows_per_step * config.model.block_size,
             eval_interval=config.eval_interval, flops_per_token=device.training_flops(config.model),

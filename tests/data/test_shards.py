@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from mlxgpt.data import corpus as data
 from mlxgpt.data import preparation as prepare_text
 from mlxgpt.data import shards
 from mlxgpt.data.tokenizer import CharTokenizer
+from mlxgpt.data.windows import Windows
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_shards_are_the_text_in_order(prepared):
     assert {shard.dtype for shard in p.train + p.val} == {np.dtype("<u2")}
     assert (p.name, p.vocab_size) == ("out", len(set(text)))
     assert shards.verify(prepared).fingerprint == p.fingerprint
-    x, y = data.Batches(p.train, 16, 0, "training", p.vocab_size).draw(0, 8)
+    x, y = Windows(p.train, 16, 0, "training", p.vocab_size).draw(0, 8)
     assert (x[:, 1:] == y[:, :-1]).all()
 
 
@@ -198,8 +198,8 @@ def test_drawing_from_100_gb_costs_nothing(tmp_path):
     with open(file, "wb") as out:
         out.truncate(100_000_000_000)
     start = time.perf_counter()
-    batches = data.Batches([shards.open_shard(file, np.dtype("<u2"))], 1024, 0, "training", 50257)
-    shapes = {batches.draw(n * 12, 12)[0].shape for n in range(100)}
+    windows = Windows([shards.open_shard(file, np.dtype("<u2"))], 1024, 0, "training", 50257)
+    shapes = {windows.draw(n * 12, 12)[0].shape for n in range(100)}
     assert time.perf_counter() - start < 1
     assert shapes == {(12, 1024)}
-    assert batches.per_epoch == 50_000_000_000 // 1024 - 1
+    assert windows.per_epoch == 50_000_000_000 // 1024 - 1
