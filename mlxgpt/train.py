@@ -52,7 +52,8 @@ class Run:
         where = ops.use_device(config.device)
         if begin:
             begin.require_shape(config)
-        self.data = dataset.load(config, "tokenizer" in given, *((begin.tokenizer, begin.path) if begin else ()))
+        of_model = (begin.tokenizer, begin.path) if begin else ()
+        self.data = dataset.load(config.data, config.tokenizer, "tokenizer" in given, *of_model)
         self.tokenizer = self.data.tokenizer
         self.config = config = _of_the_tokenizer(config, self.tokenizer, "vocab_size" in given)
         self.first_step = begin.step if begin else 0  # of optimizer steps taken before
@@ -111,7 +112,9 @@ class Run:
             self.group.on_death(self.checkpoints.wait)
         n_train, n_val = self.data.sizes()
         how = "GPU" if where.type == mx.gpu else f"CPU with {'the C++ kernels' if kernels.available() else 'MLX alone'}"
-        self._say(f"data: {self.data.name}, {self.data.what}; {n_train:,} training and {n_val:,} validation tokens")
+        self._say(
+            f"data: {self.data.name}, {self.data.description}; {n_train:,} training and {n_val:,} validation tokens"
+        )
         self._say(
             f"model: {self.model.n_params():,} parameters; {shape.n_layer} layers, {shape.n_head} heads of "
             f"{shape.head_dim}, {shape.n_embd} wide, {shape.block_size} positions, {shape.vocab_size} token ids"
