@@ -1,4 +1,4 @@
-"""From a command line to a config, and from an exception to one line for a person."""
+"""Command lines: from words to a checked config, and from an exception to one line for a person."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import tyro
@@ -17,32 +18,36 @@ from .settings import from_dict, nearest, read_toml, settings
 Config = TypeVar("Config")
 
 
+_started_as = ContextVar("_started_as", default="")  # the command's name, as `run` was told
+
+
 class UsageError(Exception):
     """A mistake on the command line: exit status 2."""
 
 
 def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | None = None) -> Config:
-    """A config from command-line arguments; `--help` prints its fields and exits.
+    """A config from command-line arguments; `--help` prints its settings and exits.
 
-    Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
+    prog: the command's name in --help, unless `run` runs it under another one. default: the config that the arguments
+    change. Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
-    words = ["=".join(flag) for flag in _flags(cls, args)]  # one word, as a value may begin with a dash
+    words = ["=".join(flag) for flag in _flags(cls, args)]  # flag and value in one: a value may begin with a dash
     flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(flat, args=words, default=default, prog=prog, use_underscores=True)
+            return tyro.cli(flat, args=words, default=default, prog=_started_as.get() or prog, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
         raise UsageError(_one_line(output.getvalue())) from None
-    except ValueError as error:  # a rule of the config's own
+    except ValueError as error:  # from the config's __post_init__
         raise UsageError(str(error)) from None
 
 
 def given(cls: type, args: Sequence[str]) -> dict[str, str]:
-    """The flags that a command line sets, as written: name -> value ('' for a switch)."""
+    """The settings that a command line sets: name -> value as written ('' for a switch)."""
     pairs = (flag for flag in _flags(cls, args) if flag[0].startswith("--"))
     return {name[2:].removeprefix("no_"): "".join(value) for name, *value in pairs}
 
@@ -54,21 +59,21 @@ def with_defaults(
     fallback_preset: str,
     inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
 ) -> tuple[Config, set[str]]:
-    """The defaults under the command line's flags, and the names of the settings that are set there.
+    """The defaults of a command line: a config for `parse` to change, and the names of the settings that it sets.
 
-    They are laid over one another: the preset that --preset names, of which `presets` gives the settings; then what
-    `inherited` returns for all settings given; then a TOML file (--config).
+    Settings come from three places, each of which wins over the one before: the preset, for whose name `presets`
+    returns them; `inherited`, which returns them for all settings given so far; a TOML file, which --config names.
     """
     flags = given(cls, args)
     file = read_toml(flags["config"]) if flags.get("config") else {}
-    under = inherited({**file, **flags})
-    name = flags.get("preset") or file.get("preset") or under.get("preset") or fallback_preset
-    values = {**presets(name), **under, **file, "preset": name}
+    passed_on = inherited({**file, **flags})
+    name = flags.get("preset") or file.get("preset") or passed_on.get("preset") or fallback_preset
+    values = {**presets(name), **passed_on, **file, "preset": name}
     return from_dict(cls, values, source=flags.get("config") or f"preset {name}"), set(values)
 
 
 def _flags(cls: type, args: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The arguments as (flag, value), (switch,) or (positional,), each flag's name checked."""
+    """The arguments as (flag, value), (switch,) or (positional,). UsageError for a flag that is not a setting."""
     kinds = settings(cls)
     words = list(args)
     while words:
@@ -97,26 +102,28 @@ def _flags(cls: type, args: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _one_line(box: str) -> str:
-    """tyro's framed error message as one line. Without UTF-8 the frame is a title above a rule."""
+    """tyro's framed error message as one line. Without UTF-8 the frame is a title over a line of dashes."""
     rows = (row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰")))
     parts = re.split(r"\n[─-]{10,}", "\n".join(rows))
     text = (parts[0] if "╭" in box else parts[1]).split("For full helptext")[0]
     return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
 
 
-def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command: a user's mistake is one line on stderr, never a traceback.
+def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: a user's mistake is one line on stderr, never a traceback.
 
-    Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 shows where it came from.
+    prog: the command's name, as it was started. args: its arguments; None takes those of the process.
+    Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 raises the exception instead.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character shows a ?
+    _started_as.set(prog)
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal can't show becomes a ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if args is None else args)
         sys.stdout.flush()
         status = 0
-    except BrokenPipeError:  # the reader has gone, as in `... | head`
+    except BrokenPipeError:  # the reader has stopped reading, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -132,7 +139,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one line: the thing, and what is wrong with it."""
+    """An exception as one line: the file or setting, and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
