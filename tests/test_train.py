@@ -13,9 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxgpt import train
+from mlxgpt import prepare, train
 from mlxgpt.common import cli
-from mlxgpt.data import preparation as prepare_text
 from mlxgpt.formats import model_directory as checkpoint
 from mlxgpt.formats import safetensors_file, training_state
 from mlxgpt.training import trainer as training
@@ -467,7 +466,7 @@ def prepared(corpus, tmp_path, monkeypatch) -> Path:
     """The corpus as shards."""
     monkeypatch.chdir(tmp_path)
     args = ["text.txt", "--out", "prepared", "--tokenizer", "char", "--workers", "1", "--val_fraction", "0.1"]
-    prepare_text.main(args)
+    prepare.main(args)
     return tmp_path / "prepared"
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from mlxgpt.data import preparation as prepare_text
+from mlxgpt import prepare as verb
 from mlxgpt.data import shards
 from mlxgpt.data.tokenizer import CharTokenizer
 from mlxgpt.data.windows import Windows
@@ -30,7 +30,7 @@ def prepared(made, tmp_path):
 
 
 def prepare(source, out, *flags):
-    prepare_text.main([str(source), "--out", str(out), "--workers", "1", *flags])
+    verb.main([str(source), "--out", str(out), "--workers", "1", *flags])
 
 
 def edit(directory, change):
@@ -48,9 +48,9 @@ def test_shards_are_the_text_in_order(prepared):
     assert [len(shard) for shard in p.train[:-1]] == [2000] * (len(p.train) - 1)
     assert abs(sum(map(len, p.val)) / len(text) - 0.1) < 0.01
     assert {shard.dtype for shard in p.train + p.val} == {np.dtype("<u2")}
-    assert (p.name, p.vocab_size) == ("out", len(set(text)))
+    assert (p.name, p.tokenizer.vocab_size) == ("out", len(set(text)))
     assert shards.verify(prepared).fingerprint == p.fingerprint
-    x, y = Windows(p.train, 16, 0, "training", p.vocab_size).draw(0, 8)
+    x, y = Windows(p.train, 16, 0, "training", p.tokenizer.vocab_size).draw(0, 8)
     assert (x[:, 1:] == y[:, :-1]).all()
 
 
@@ -115,7 +115,7 @@ def test_a_manifest_that_lies(case, prepared):
     ("name", "change", "message"),
     [
         ("manifest.json", lambda b: b[:100], "manifest.json: not JSON: "),
-        ("manifest.json", lambda b: b"[]", "manifest.json: it is a list, expected an object"),
+        ("manifest.json", lambda b: b"[]", "manifest.json: it holds a JSON list, expected an object"),
         ("manifest.json", lambda b: b"\xff" + b, "manifest.json: not JSON: "),
         ("val-00000.bin", lambda b: b[:-1], r"val-00000.bin: it has \d+ bytes, expected \d+ of \d+ uint16 tokens"),
         ("val-00000.bin", lambda b: b + b"\0\0", r"val-00000.bin: it has \d+ bytes, expected \d+ of \d+ uint16"),
@@ -160,7 +160,7 @@ def test_verifying_reads_the_shards(prepared):
     content[100] ^= 1
     file.write_bytes(content)
     edit(prepared, lambda m: m.update(largest_id=1))
-    with pytest.raises(ValueError, match=r"largest_id is 1, expected \d+, that of the shards"):
+    with pytest.raises(ValueError, match=r"largest_id is 1, expected \d+, the largest in the shards"):
         shards.verify(prepared)
 
 
