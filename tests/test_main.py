@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,25 @@ def test_without_mlx_the_verbs_are_listed_and_a_verb_is_one_line(tmp_path, run_p
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert "libmlx.so" in line and "pip install 'mlxgpt[cpu]'" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "status", "message"),
+    [
+        ("train", ["--n_layr", "3"], 2, "did you mean 'n_layer'?"),
+        ("train", ["--data", "no-such-file.txt"], 1, "no-such-file.txt"),
+        ("train", ["--config", "no-such.toml"], 1, "no-such.toml"),
+        ("generate", [], 2, "model"),
+        ("generate", ["--model", "no-such-dir"], 1, "no-such-dir"),
+        ("inspect", ["gpt3"], 1, "gpt3"),
+    ],
+)
+def test_a_users_mistake_is_one_line_without_a_traceback(tmp_path, module, args, status, message):
+    result = subprocess.run(
+        [sys.executable, "-m", f"mlxgpt.{module}", *args], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == status
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"mlxgpt.{module}: error: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())

@@ -115,7 +115,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | 
     prog: the command's name, as it was started. args: its arguments; None takes those of the process.
     Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 raises the exception instead.
     """
-    _started_as.set(prog)
+    token = _started_as.set(prog)
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal can't show becomes a ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -135,6 +135,8 @@ def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | 
     except KeyboardInterrupt:
         print(file=sys.stderr)
         status = 130
+    finally:
+        _started_as.reset(token)
     sys.exit(status)
 
 

@@ -1,121 +1,82 @@
-"""Settings: the defaults, presets, strict dictionaries, and the command line over a TOML file over a preset."""
+"""The command line: spellings of flags, errors in one line, and what a command's exit says."""
 
 from __future__ import annotations
 
-import subprocess
+import errno
 import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from mlxgpt.common import cli
-from mlxgpt.common.settings import from_dict, settings
-from mlxgpt.generate import SampleConfig
-from mlxgpt.model.config import GPTConfig
-from mlxgpt.training.recipe import PRESETS, TrainConfig, preset
 
 
-def parse(*args: str) -> TrainConfig:
-    default, _ = cli.with_defaults(TrainConfig, args, preset, "cpu")
-    return cli.parse(TrainConfig, args, "mlxgpt.train", default)
+@dataclass(frozen=True)
+class Size:
+    width: int = 2
+    """how wide"""
 
 
-def test_default_model_is_the_documented_one():
-    config = GPTConfig()
-    assert (config.block_size, config.n_embd, config.n_head, config.n_layer) == (512, 768, 12, 12)
-    assert (config.head_dim, config.vocab_size) == (64, 50257)
+@dataclass(frozen=True)
+class Shop:
+    """Open a shop."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """what it is called"""
+    open: bool = True
+    """whether it is open"""
+    kind: Literal["small", "large"] = "small"
+    """how large"""
+    sign: str = ""
+    """what stands on its sign"""
+    size: Size = field(default_factory=Size)
+
+    def __post_init__(self) -> None:
+        if self.size.width < 1:
+            raise ValueError(f"width is {self.size.width}, expected at least 1")
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid_settings(name):
-    config = from_dict(TrainConfig, preset(name), name)
-    assert config.model.head_dim in (32, 64)
-
-
-def test_gpt2_presets_have_the_published_shapes():
-    shapes = {n: (p["n_layer"], p["n_head"], p["n_embd"]) for n, p in PRESETS.items() if n.startswith("gpt2")}
-    assert shapes == {
-        "gpt2": (12, 12, 768),
-        "gpt2-medium": (24, 16, 1024),
-        "gpt2-large": (36, 20, 1280),
-        "gpt2-xl": (48, 25, 1600),
-    }
-    model = from_dict(TrainConfig, preset("gpt2"), "gpt2").model
-    assert model == GPTConfig()
+def parse(*args: str, default: Shop | None = None) -> Shop:
+    return cli.parse(Shop, args, "shop", default)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("args", "expected"),
     [
-        (dict(n_embd=100, n_head=3), "n_embd is 100, expected a multiple of n_head = 3"),
-        (dict(n_layer=0), "n_layer is 0, expected at least 1"),
-        (dict(dropout=1.0), "dropout is 1.0, expected 0 <= dropout < 1"),
-        (dict(activation="relu"), "activation is 'relu'"),
+        (["a", "b"], Shop(names=("a", "b"))),
+        (["--width", "3"], Shop(size=Size(3))),
+        (["--width=3", "a"], Shop(names=("a",), size=Size(3))),
+        (["--open"], Shop()),
+        (["--no-open"], Shop(open=False)),
+        (["--no_open"], Shop(open=False)),
+        (["--open=False"], Shop(open=False)),
+        (["--open", "false", "a"], Shop(names=("a",), open=False)),
+        (["--no_open=False"], Shop()),
+        (["--sign", "--closed--"], Shop(sign="--closed--")),
+        (["--sign", ""], Shop(sign="")),
+        (["--sign=a=b"], Shop(sign="a=b")),
     ],
 )
-def test_model_rules_name_the_value(values, message):
-    with pytest.raises(ValueError, match=message):
-        GPTConfig(**values)
+def test_spellings_of_flags(args, expected):
+    assert parse(*args) == expected
 
 
-@pytest.mark.parametrize(
-    ("cls", "values", "message"),
-    [
-        (TrainConfig, dict(batch_size=0), "batch_size is 0"),
-        (TrainConfig, dict(learning_rate=0.0), "learning_rate is 0.0"),
-        (TrainConfig, dict(learning_rate=1e-3, min_lr=1e-2), "min_lr is 0.01, expected 0 to learning_rate = 0.001"),
-        (TrainConfig, dict(learning_rate=float("inf")), "learning_rate is inf, expected a finite number"),
-        (TrainConfig, dict(seed=2**63), "seed is .*, expected 0 to "),
-        (SampleConfig, dict(model="m", seed=-1), "seed is -1"),
-        (TrainConfig, dict(beta2=1.0), "beta2 is 1.0"),
-        (SampleConfig, dict(model="m", prompt="a", prompts="f"), "prompts is 'f', expected none beside a prompt"),
-        (SampleConfig, dict(model="m", max_new_tokens=0), "max_new_tokens is 0"),
-    ],
-)
-def test_rules_of_the_loop_and_of_sampling(cls, values, message):
-    with pytest.raises(ValueError, match=message):
-        cls(**values)
-
-
-def test_from_dict_is_strict():
-    assert from_dict(TrainConfig, {"n_layer": 3, "learning_rate": 1}, "x").model.n_layer == 3
-    with pytest.raises(ValueError, match=r"f\.toml: unknown setting 'n_layr' \(did you mean 'n_layer'\?\)"):
-        from_dict(TrainConfig, {"n_layr": 3}, "f.toml")
-    with pytest.raises(ValueError, match=r"f\.toml: n_layer is '3', expected int"):
-        from_dict(TrainConfig, {"n_layer": "3"}, "f.toml")
-    with pytest.raises(ValueError, match="bias is 1, expected bool"):
-        from_dict(TrainConfig, {"bias": 1}, "f.toml")
-    with pytest.raises(ValueError, match="tokenizer is 'word', expected one of char, gpt2"):
-        from_dict(TrainConfig, {"tokenizer": "word"}, "f.toml")
-
-
-def test_flags_take_nanogpts_spellings():
-    config = parse(
-        "--n_layer", "3", "--n-head=2", "--bias=False", "--compile", "False", "--no-decay-lr", "--min_lr=1e-5"
-    )
-    assert (config.model.n_layer, config.model.n_head, config.model.bias) == (3, 2, False)
-    assert (config.compile, config.decay_lr, config.min_lr) == (False, False, 1e-5)
-
-
-def test_every_setting_is_a_flag_with_a_help_text(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    assert not stop.value.code
-    text = capsys.readouterr().out
-    for name in settings(TrainConfig):
-        assert f"--{name}" in text, name
-    assert "width of the residual stream (default: 128)" in " ".join(text.replace("│", " ").split())
+def test_flags_change_the_default():
+    default = Shop(kind="large", size=Size(7))
+    assert parse("--no-open", default=default) == Shop(open=False, kind="large", size=Size(7))
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--n_layr", "3"], "unknown flag --n_layr (did you mean 'n_layer'?)"),
-        (["--n_layer", "three"], "three"),
-        (["--n_layer"], "--n_layer has no value"),
-        (["--dtype", "float64"], "float64"),
-        (["--bias=maybe"], "--bias is maybe, expected True or False"),
-        (["--n_embd", "100", "--n_head", "3"], "n_embd is 100, expected a multiple of n_head = 3"),
-        (["extra"], "extra"),
+        (["--widht", "3"], "unknown flag --widht (did you mean 'width'?)"),
+        (["--width", "three"], "three"),
+        (["--width"], "--width has no value"),
+        (["--kind", "vast"], "vast"),
+        (["--open=maybe"], "--open is maybe, expected True or False"),
+        (["--width", "0"], "width is 0, expected at least 1"),
     ],
 )
 def test_bad_usage_is_one_line(args, message):
@@ -125,54 +86,81 @@ def test_bad_usage_is_one_line(args, message):
     assert "\n" not in str(error.value)
 
 
-def test_command_line_wins_over_toml_wins_over_preset(tmp_path):
-    file = tmp_path / "run.toml"
-    file.write_text('preset = "shakespeare-char"\nmax-iters = 7\n[model]\nn_layer = 5\nn_head = 4\n')
-    config = parse("--config", str(file), "--n_head", "8")
-    assert (config.preset, config.max_iters) == ("shakespeare-char", 7)
-    assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (5, 8, 384)
+def test_help_names_the_command_and_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert not stop.value.code
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert text.startswith("usage: shop [-h]")
+    for words in ("--width", "how wide (default: 2)", "--open", "--kind", "--sign", "Open a shop."):
+        assert words in text
+
+
+def run(main, *args):
+    with pytest.raises(SystemExit) as stop:
+        cli.run("shop", main, args)
+    return stop.value.code
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("error", "status", "line"),
     [
-        ("n_layr = 3", "unknown setting 'n_layr' (did you mean 'n_layer'?)"),
-        ("n_layer = 3.5", "n_layer is 3.5, expected int"),
-        ("n_layer = ", "not a TOML file"),
-        ("n_embd = 100\nn_head = 3", "n_embd is 100"),
+        (cli.UsageError("unknown flag --x"), 2, "unknown flag --x"),
+        (ValueError("width is 0,\n  expected 1"), 1, "width is 0, expected 1"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 1, "a.txt: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (MemoryError(), 1, "MemoryError"),
+        (RuntimeError("[malloc] Unable to allocate 10 bytes"), 1, "[malloc] Unable to allocate 10 bytes"),
     ],
 )
-def test_bad_toml_names_the_file(tmp_path, content, message):
-    file = tmp_path / "run.toml"
-    file.write_text(content)
-    with pytest.raises(ValueError) as error:
-        parse("--config", str(file))
-    assert str(error.value).startswith(str(file))
-    assert message in str(error.value)
+def test_a_users_mistake_is_one_line(error, status, line, capsys):
+    def main(args):
+        raise error
+
+    assert run(main) == status
+    assert capsys.readouterr().err == f"shop: error: {line}\n"
 
 
-def test_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown preset 'gpt2-medum' \(did you mean 'gpt2-medium'\?\)"):
-        preset("gpt2-medum")
+def test_other_exceptions_are_raised(monkeypatch):
+    def main(args):
+        raise {"runtime": RuntimeError("a bug"), "type": TypeError("a bug"), "value": ValueError("a mistake")}[args[0]]
+
+    for name, error in (("runtime", RuntimeError), ("type", TypeError)):
+        with pytest.raises(error, match="a bug"):
+            cli.run("shop", main, [name])
+    monkeypatch.setenv("MLXGPT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="a mistake"):
+        cli.run("shop", main, ["value"])
 
 
-@pytest.mark.parametrize(
-    ("module", "args", "status", "message"),
-    [
-        ("train", ["--n_layr", "3"], 2, "did you mean 'n_layer'?"),
-        ("train", ["--data", "no-such-file.txt"], 1, "no-such-file.txt"),
-        ("train", ["--config", "no-such.toml"], 1, "no-such.toml"),
-        ("generate", [], 2, "model"),
-        ("generate", ["--model", "no-such-dir"], 1, "no-such-dir"),
-        ("inspect", ["gpt3"], 1, "gpt3"),
-    ],
-)
-def test_a_users_mistake_is_one_line_without_a_traceback(tmp_path, module, args, status, message):
-    result = subprocess.run(
-        [sys.executable, "-m", f"mlxgpt.{module}", *args], capture_output=True, text=True, cwd=tmp_path, check=False
+def test_success_and_interruption(capsys, monkeypatch):
+    seen = []
+    assert run(seen.append, "a", "b") == 0
+    assert seen == [("a", "b")]
+    monkeypatch.setattr(sys, "argv", ["shop", "c"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run("shop", seen.append)
+    assert (stop.value.code, seen[1:]) == (0, [["c"]])
+
+    def main(args):
+        raise KeyboardInterrupt
+
+    assert run(main) == 130
+    assert capsys.readouterr().err == "\n"
+
+
+def test_a_reader_that_stops_reading_is_no_error(run_python):
+    program = (
+        "import subprocess, sys\n"
+        "code = 'from mlxgpt.common import cli; cli.run(\"shop\", lambda args: [print(n) for n in range(10**6)])'\n"
+        "writer = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
+        "writer.stdout.readline()\n"
+        "writer.stdout.close()\n"
+        "print(writer.stderr.read().decode(), writer.wait())\n"
     )
-    assert result.returncode == status
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"mlxgpt.{module}: error: ")
-    assert message in line
-    assert not list(tmp_path.iterdir())
+    assert run_python("-c", program).stdout.strip() == "1"
+
+
+def test_the_name_that_a_command_was_started_by_wins(capsys):
+    assert run(lambda args: cli.parse(Shop, args, "another"), "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: shop [-h]")
