@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from . import __version__, load_mlx
+from .common import cli
+from .common.settings import nearest
 
 VERBS = {
     "train": "train a GPT on text, and show how it comes along",
@@ -25,26 +27,20 @@ VERBS = {
 def main() -> None:
     """Runs the command line of this process, and exits."""
     prog = "python -m mlxgpt" if Path(sys.argv[0]).name == "__main__.py" else "mlxgpt"
-    verb, *args = sys.argv[1:] or ["--help"]
+    cli.run(prog, lambda args: _run(prog, *args))
+
+
+def _run(prog: str, verb: str = "--help", *args: str) -> None:
     if verb in ("-h", "--help"):
-        print(_help(prog))
+        print(f"usage: {prog} VERB ...\n", *(f"  {name:<10}{what}" for name, what in VERBS.items()), sep="\n")
+        print(f"\n{prog} VERB --help lists the settings of a verb.")
     elif verb == "--version":
         print(f"mlxgpt {__version__}")
     elif verb in VERBS:
         load_mlx(is_command=True)
-        from .common import cli
-
         cli.run(f"{prog} {verb}", importlib.import_module(f".{verb}", __package__).main, args)
     else:
-        from .common.settings import nearest
-
-        print(f"{prog}: error: unknown verb '{verb}'{nearest(verb, VERBS)}; --help lists them", file=sys.stderr)
-        sys.exit(2)
-
-
-def _help(prog: str) -> str:
-    lines = [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
-    return "\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"{prog} VERB --help lists the settings of a verb."])
+        raise cli.UsageError(f"unknown verb '{verb}'{nearest(verb, VERBS)}; --help lists them")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import tyro
-
 from .settings import from_dict, nearest, read_toml, settings
 
 Config = TypeVar("Config")
@@ -32,6 +30,8 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | N
     change. Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
+    import tyro  # imported here because it takes 0.1 s, which the list of verbs does not need
+
     words = ["=".join(flag) for flag in _flags(cls, args)]  # flag and value in one: a value may begin with a dash
     flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
