@@ -33,8 +33,7 @@ class PrepareConfig:
     tokenizer: str = "gpt2"
     """gpt2; char, for the characters that occur; or a model directory, for its tokenizer"""
     val_fraction: float = 0.005
-    """share of documents held out for validation, chosen by a hash of their places in the input; of a single text, its
-    end"""
+    """share of documents held out for validation, chosen by a hash; of a single text, its end"""
     field: str = "text"
     """the field of a JSONL line, or the column of a parquet file, that holds the document"""
     shard_tokens: int = 100_000_000

@@ -14,9 +14,7 @@ from typing import Any, TypeVar
 from .settings import from_dict, nearest, read_toml, settings
 
 Config = TypeVar("Config")
-
-
-_started_as = ContextVar("_started_as", default="")  # the command's name, as `run` was told
+_started_as = ContextVar("_started_as", default="")  # the name that `run` was given
 
 
 class UsageError(Exception):

@@ -1,8 +1,9 @@
 """The making of a prepared directory: input files are tokenized in parallel to shards.
 
 Killed at any moment, the same preparation continues where it stopped, and the shards are the same to the bit.
-`progress.json` says how far it is: "format"; "made_from" and "changed", to recognise the input; "tokenizer", once its
-files are written; for each split a state of its ShardWriter; "place", where in the input to continue; and counts.
+`progress.json` says how far it is: "format"; "made_from" and "changed", which tell whether the input is the same;
+"tokenizer", once its files are written; "train" and "val", the states of their ShardWriters; "place", where in the
+input to continue; and counts.
 """
 
 from __future__ import annotations
@@ -37,10 +38,7 @@ Result = TypeVar("Result")
 
 
 class Preparation:
-    """The making of a prepared directory: a new one, or one that was interrupted.
-
-    What the shards hold beyond `progress.json` is written anew.
-    """
+    """One making of a prepared directory: from the beginning, or from where an interrupted one stopped."""
 
     def __init__(
         self,
