@@ -81,8 +81,8 @@ def find_inputs(names: Sequence[str]) -> tuple[list[InputFile], int]:
             paths[path.resolve()] = True
             continue
         found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        hidden = len(path.parts) if path.is_dir() else 0
-        files = [p for p in found if p.is_file() and not any(part.startswith(".") for part in p.parts[hidden:])]
+        given = len(path.parts) if path.is_dir() else 0  # parts of the path that may be hidden: the name gives them
+        files = [p for p in found if p.is_file() and not any(map(_is_hidden, p.parts[given:]))]
         if not files and not path.is_dir():
             raise FileNotFoundError(f"input: there is no file or directory {name}, and as a glob it matches no file")
         for file in files:
@@ -100,6 +100,10 @@ def find_inputs(names: Sequence[str]) -> tuple[list[InputFile], int]:
     if not inputs:
         raise ValueError(f"input: {', '.join(names)} holds no text ({left_out} other or empty files)")
     return inputs, left_out
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") and part != ".."
 
 
 def _input_file(path: Path, name: str) -> InputFile:

@@ -77,3 +77,12 @@ def test_directories_and_globs_are_searched_and_other_files_left_out(tmp_path):
     assert left_out == 2
     by_glob, _ = pieces.find_inputs([str(tmp_path / "in" / "**" / "[abc].*"), str(tmp_path / "in" / "a.txt")])
     assert by_glob == inputs
+
+
+def test_a_glob_may_lead_through_the_parent_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    for name in ("a.txt", "b.txt", ".hidden.txt"):
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path / "here")
+    inputs, _ = pieces.find_inputs(["../*.txt", "../a.txt"])
+    assert [i.name for i in inputs] == ["a.txt", "b.txt"]
