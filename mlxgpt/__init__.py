@@ -1,6 +1,7 @@
 """mlxgpt: train and sample small GPTs with MLX, on the Apple GPU or on a CPU."""
 
 import importlib
+import os
 import sys
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,29 @@ __version__ = "0.1.0"
 # look for that in the installed package too.
 __path__ = extend_path(__path__, __name__)
 
-try:
-    import mlx.core  # noqa: F401 (only to see that it loads)
-except ImportError as error:
-    _message = (
-        f"mlxgpt: MLX doesn't load ({error}); on Linux install one of its builds: "
-        "pip install 'mlxgpt[cpu]' (or cuda12, cuda13)"
-    )
-    if sys.argv[0] == "-m":  # python -m mlxgpt.train: a line for a person, no traceback
-        sys.exit(_message)
-    raise ImportError(_message) from error
+
+def load_mlx(is_command: bool) -> None:
+    """Loads MLX. Where that fails, ImportError says what to install; a command prints it as one line and exits."""
+    try:
+        import mlx.core  # noqa: F401 (only to see that it loads)
+    except ImportError as error:
+        message = (
+            f"mlxgpt: MLX doesn't load ({error}); on Linux install one of its builds: "
+            "pip install 'mlxgpt[cpu]' (or cuda12, cuda13)"
+        )
+        if is_command:
+            sys.exit(message)
+        raise ImportError(message) from error
+
+
+def _may_list_verbs() -> bool:
+    """Whether this process was started as `mlxgpt` or `python -m mlxgpt`: `__main__` loads MLX when a verb runs."""
+    after_m = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+    return os.path.basename(sys.argv[0]) == __name__ or after_m[:1] == [__name__]
+
+
+if not _may_list_verbs():
+    load_mlx(is_command=sys.argv[0] == "-m")  # python -m mlxgpt.VERB
 
 if TYPE_CHECKING:
     from .generation.samples import generate, load, stream

@@ -24,7 +24,7 @@ def device() -> mx.Device:
 
 @pytest.fixture
 def run_python() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs Python in this directory, with arguments and more environment variables."""
+    """Runs Python in this directory, with some arguments and, as keywords, additional environment variables."""
 
     def run(*arguments: str, text: bool = True, **environment: str) -> subprocess.CompletedProcess:
         command, env = [sys.executable, *arguments], {**os.environ, **environment}

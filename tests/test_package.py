@@ -1,4 +1,4 @@
-"""What installing the package gives: one build of MLX, the extension, and a checkout that does not hide it."""
+"""Installing the package: one build of MLX, and the extension, which a checkout does not hide."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def test_an_extra_asks_for_one_build_of_mlx(extra):
     assert mlx_builds("Darwin", extra) == set()  # on a Mac `mlx` itself brings Metal
 
 
-def test_no_build_is_asked_for_unasked():
-    """The builds install the same files, so a build in the base dependencies would clash with every other."""
+def test_without_an_extra_no_build_is_asked_for():
+    """The builds install the same file, so a build among the base dependencies would clash with every other."""
     assert mlx_builds("Linux") == mlx_builds("Darwin") == set()
 
 
-def test_mlx_still_names_its_builds_so():
+def test_mlx_has_extras_of_these_names():
     assert {"cpu", "cuda12", "cuda13"} <= set(metadata("mlx").get_all("Provides-Extra"))
 
 
-def test_version_is_the_installed_ones():
+def test_the_version_is_the_one_that_is_installed():
     assert mlxgpt.__version__ == version("mlxgpt")
 
 
@@ -64,7 +64,7 @@ def test_kernels_can_be_switched_off(value, used, monkeypatch):
     assert result.stdout.strip() == used
 
 
-def test_without_a_build_of_mlx_there_is_one_line(tmp_path):
+def test_without_a_build_of_mlx_a_verb_is_one_line(tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
     command = [sys.executable, "-m", "mlxgpt.train"]

@@ -13,9 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxgpt import train
+from mlxgpt import prepare, train
 from mlxgpt.common import cli
-from mlxgpt.data import preparation
 from mlxgpt.formats import model_directory, safetensors_file
 from mlxgpt.training import checkpoints
 from mlxgpt.training.trainer import Trainer
@@ -470,7 +469,7 @@ def prepared(corpus, tmp_path, monkeypatch) -> Path:
     """The corpus, prepared as shards."""
     monkeypatch.chdir(tmp_path)
     args = ["text.txt", "--out", "prepared", "--tokenizer", "char", "--workers", "1", "--val_fraction", "0.1"]
-    preparation.main(args)
+    prepare.main(args)
     return tmp_path / "prepared"
 
 

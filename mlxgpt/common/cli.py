@@ -1,4 +1,4 @@
-"""From a command line to a config, and from an exception to one line for a person."""
+"""Command lines: from words to a checked config, and from an exception to one line for a person."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
-
-import tyro
 
 from .settings import nearest, settings
 
 Config = TypeVar("Config")
 Flag = tuple[str, ...]  # (flag, value), (switch,) or (positional,)
+_started_as = ContextVar("_started_as", default="")  # the name that `run` was given
 
 
 class UsageError(Exception):
@@ -23,27 +23,30 @@ class UsageError(Exception):
 
 
 def parse(cls: type[Config], args: Sequence[str], prog: str, default: Config | None = None) -> Config:
-    """A config from command-line arguments; `--help` prints its fields and exits.
+    """A config from command-line arguments; `--help` prints its settings and exits.
 
-    Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
+    prog: the command's name in --help, unless `run` runs it under another one. default: the config that the arguments
+    change. Flags are spelt with - or _; booleans as --bias, --no-bias or nanoGPT's --bias=False.
     UsageError holds one line: an unknown flag and the nearest valid one, or the value that doesn't fit.
     """
     return from_flags(cls, read_flags(cls, args), prog, default)
 
 
 def from_flags(cls: type[Config], flags: Sequence[Flag], prog: str, default: Config | None = None) -> Config:
-    """A config from the flags of a command line, as in parse; the default has the values of all others."""
-    words = ["=".join(flag) for flag in flags]  # one word, as a value may begin with a dash
+    """A config from the flags of a command line, as in parse; the default has the values of all other settings."""
+    import tyro  # imported here because it takes 0.1 s, which the list of verbs does not need
+
+    words = ["=".join(flag) for flag in flags]  # flag and value in one: a value may begin with a dash
     flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type, misc]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(flat, args=words, default=default, prog=prog, use_underscores=True)
+            return tyro.cli(flat, args=words, default=default, prog=_started_as.get() or prog, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
         raise UsageError(_one_line(output.getvalue())) from None
-    except ValueError as error:  # a rule of the config's own
+    except ValueError as error:  # from the config's __post_init__
         raise UsageError(str(error)) from None
 
 
@@ -55,11 +58,11 @@ def given(flags: Sequence[Flag]) -> dict[str, str]:
 
 def read_flags(cls: type, args: Sequence[str]) -> list[Flag]:
     """The flags of a command line, their names checked. UsageError names an unknown flag and the nearest valid one."""
-    return list(_flags(cls, args))
+    return list(_flags(settings(cls), args))
 
 
-def _flags(cls: type, args: Sequence[str]) -> Iterator[Flag]:
-    kinds = settings(cls)
+def _flags(kinds: Mapping[str, Any], args: Sequence[str]) -> Iterator[Flag]:
+    """The same one by one, given the settings that there are and their types."""
     words = list(args)
     while words:
         word = words.pop(0)
@@ -87,26 +90,28 @@ def _flags(cls: type, args: Sequence[str]) -> Iterator[Flag]:
 
 
 def _one_line(box: str) -> str:
-    """tyro's framed error message as one line. Without UTF-8 the frame is a title above a rule."""
+    """tyro's framed error message as one line. Without UTF-8 the frame is a title over a line of dashes."""
     rows = (row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰")))
     parts = re.split(r"\n[─-]{10,}", "\n".join(rows))
     text = (parts[0] if "╭" in box else parts[1]).split("For full helptext")[0]
     return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
 
 
-def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command: a user's mistake is one line on stderr, never a traceback.
+def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: a user's mistake is one line on stderr, never a traceback.
 
-    Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 shows where it came from.
+    prog: the command's name, as it was started. args: its arguments; None takes those of the process.
+    Exit status 2 for bad usage, 1 for failure, 130 after Ctrl-C. MLXGPT_TRACEBACK=1 raises the exception instead.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character shows a ?
+    token = _started_as.set(prog)
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal can't show becomes a ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if args is None else args)
         sys.stdout.flush()
         status = 0
-    except BrokenPipeError:  # the reader has gone, as in `... | head`
+    except BrokenPipeError:  # the reader has stopped reading, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -118,11 +123,13 @@ def run(prog: str, main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         status = 130
+    finally:
+        _started_as.reset(token)
     sys.exit(status)
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one line: the thing, and what is wrong with it."""
+    """An exception as one line: the file or setting, and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the program says to a person: lines, sizes, durations, progress bars, and the memory that was used at most."""
+"""What the program shows a person: lines, sizes, durations, peak memory and progress bars."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ if TYPE_CHECKING:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Prints a line as it is, without rich's markup."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Prints a line as it is: rich looks for no markup or emoji in it, and does not wrap it."""
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def size_text(n_bytes: float) -> str:
-    """A number of bytes for a person: 652 MB, 1.2 GB."""
+    """A number of bytes, for a person to read: 652 MB, 1.2 GB."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.0f} MB"
 
 
 def duration_text(seconds: float) -> str:
-    """A duration for a person: h:mm:ss."""
+    """A duration, for a person to read: h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def peak_memory() -> int:
-    """The most bytes held at one time so far: on a GPU by MLX, on a CPU by the process."""
+    """The most bytes held at one time so far: by MLX on a GPU, by the process on a CPU."""
     if mx.default_device().type == mx.gpu:
         return mx.get_peak_memory()
-    try:  # Linux's ru_maxrss starts with the memory of the parent process
+    try:  # on Linux ru_maxrss counts the memory of the parent process, too, from before this program was started
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes in one unit of ru_maxrss
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Advance(Protocol):
     def __call__(self, amount: int, title: str | None = None) -> None:
-        """Moves a progress bar on by an amount, and gives it another title."""
+        """Moves a progress bar on by an amount, and sets its title if one is given."""
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, done: int = 0, in_bytes: bool = False) -> Iterator[Advance]:
-    """A bar on standard error while that is a terminal, which disappears when it is done; elsewhere nothing.
+    """Yields a function that moves a progress bar on. The bar disappears when the block ends.
 
-    total and done, what is done before the bar begins, are in units of their own, or in bytes.
+    It is shown on standard error, and only where that is a terminal. total: the amount that makes it complete; done:
+    the amount done before it begins. in_bytes: amounts are bytes, and the bar shows them and their speed.
     """
     if not sys.stderr.isatty():
         yield lambda amount, title=None: None
         return
-    # imported here because process to first token counts
+    # imported here because rich would delay the first token of `generate`
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -74,7 +75,7 @@ def progress(title: str, total: int, *, done: int = 0, in_bytes: bool = False) -
     if in_bytes:
         columns += [DownloadColumn(), TransferSpeedColumn()]
     columns.append(TimeRemainingColumn())
-    # standard output is not rich's to redirect: it may be a file
+    # rich may not redirect standard output, which may be a file
     bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
     with bar:
         task = bar.add_task(title, total=total, completed=done)

@@ -1,4 +1,4 @@
-"""Files that are on the disk whole or not at all, checksums, and JSON that may hold anything."""
+"""Files on the disk: written whole or not at all, checksums, and JSON read from files that may hold anything."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _BLOCK = 1 << 24  # bytes read at a time for a checksum
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file in place of one that is there. OSError leaves the old one as it was."""
+    """Writes a file, replacing one that is there. OSError leaves the old file as it was."""
     with appearing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, to be written as a file or a directory of files.
+    """Yields a temporary path beside `path`, where the block writes a file or a directory of files.
 
-    When the block ends it is synced to the disk and takes the place of what is at `path`; when the block raises it is
-    removed, and what was at `path` stays. OSError when the disk is full or can't be written.
+    When the block ends, what it wrote is synced to the disk and replaces what is at `path`. When the block raises, what
+    it wrote is removed, and what is at `path` stays. OSError when the disk is full or can't be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,11 +40,11 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, destination: Path) -> None:
-    """Renames a file or directory to `destination`, in place of what is there. OSError leaves that as it was."""
+    """Renames a file or directory to `destination`, replacing what is there. OSError leaves both as they were."""
     if not destination.is_dir() or destination.is_symlink():
         os.rename(path, destination)
         return
-    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")  # only an empty directory can be replaced
+    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")  # a rename replaces only an empty directory
     os.rename(destination, old)
     try:
         os.rename(path, destination)
@@ -55,7 +55,7 @@ def replace(path: Path, destination: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a directory, if it is there."""
+    """Removes a file, a symbolic link (not what it names) or a directory, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -63,7 +63,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the disk hold a file's content, or a directory's names. OSError."""
+    """Writes a file's content, or the list of a directory's names, through to the disk. OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,15 +72,15 @@ def sync(path: Path) -> None:
 
 
 def follow(link: Path) -> Path:
-    """What a symbolic link names at this moment, and any other path itself.
+    """The path that a symbolic link names at this moment; any other path is returned as it is.
 
-    A run that is being trained moves its links: whoever reads several files of a checkpoint follows the link once.
+    A run moves its links while it trains: to read several files of one checkpoint, follow the link once.
     """
     return link.parent / os.readlink(link) if link.is_symlink() else link
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits. OSError."""
+    """The SHA-256 of a file's content, as 64 hexadecimal digits. OSError."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK):
@@ -117,5 +117,5 @@ def require_format(path: Path, name: str, value: Any, newest: int) -> None:
 
 
 def json_bytes(content: Any, indent: int = 2) -> bytes:
-    """A JSON file's content. ValueError for a number that is not finite, which JSON does not have."""
+    """The content of a JSON file, UTF-8. ValueError for a number that is not finite, which JSON can't express."""
     return (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode()

@@ -1,6 +1,6 @@
 """Settings: from flat names, as a command line or a TOML file has them, to a checked dataclass.
 
-A setting is a field of a dataclass: its name is its flag and its TOML key, its docstring its --help text.
+A setting is a field of a dataclass. The field's name is the flag and the TOML key; its docstring is the --help text.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Config = TypeVar("Config")
 
 
 def require(rule: bool, name: str, value: object, expected: str) -> None:
-    """ValueError, naming the setting, its value and what is expected, unless the rule holds."""
+    """ValueError unless the rule holds: it names the setting, its value and what is expected."""
     if not rule:
         raise ValueError(f"{name} is {value}, expected {expected}")
 
 
 def require_at_least(least: int, config: object, *names: str) -> None:
-    """ValueError for the first of a config's named settings that is below `least`."""
+    """ValueError for the first of the named settings of a config that is below `least`."""
     for name in names:
         require(getattr(config, name) >= least, name, getattr(config, name), f"at least {least}")
 
@@ -38,13 +38,13 @@ def require_seed(seed: int) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint at the valid name that a misspelt one is nearest to, or nothing."""
+    """Text that suggests the valid name nearest to a misspelt one; empty if none is near."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def settings(cls: Any) -> dict[str, Any]:
-    """The flat names of a config's settings and their types, a nested config's among them."""
+    """The settings of a config class, those of nested configs included: flat name -> type."""
     flat: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
         flat |= settings(kind) if dataclasses.is_dataclass(kind) else {name: kind}
@@ -54,8 +54,8 @@ def settings(cls: Any) -> dict[str, Any]:
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
     """Builds a config from flat names.
 
-    ValueError, naming `source`, for a name that is not a setting (and the nearest that is), a value of
-    the wrong type, or one that breaks a rule.
+    ValueError, which begins with `source`, for a name that is not a setting (with the nearest that is), for a value of
+    the wrong type, and for one that breaks a rule.
     """
     valid = settings(cls)
     for name, value in values.items():
@@ -96,7 +96,7 @@ def _type_name(kind: Any) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """The settings in a TOML file, its tables flattened. FileNotFoundError; ValueError with the file's name."""
+    """The settings in a TOML file: its keys, with those of its tables. FileNotFoundError; ValueError names the file."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,17 +1,22 @@
 """Prepared directories: a corpus as shards of token ids, with the tokenizer and a manifest that says what they are.
 
-`train-00000.bin`, `train-00001.bin`, ..., `val-00000.bin`, ... hold nothing but ids, little-endian uint16 or uint32,
-a document after another, each closed by end-of-text where the tokenizer has one. The tokenizer's files lie beside
-them as in a model directory. `manifest.json` is written last: "format": 1; "tokenizer", the SHA-256 of each of its
-files; "vocab_size", "dtype", "largest_id"; for "train" and "val" the "documents", the "tokens", and the "shards"
-with "file", "tokens" and "sha256" of each; the sums "documents", "tokens" and "text_bytes"; and "made_from", what
-it was made of and how. Until then `progress.json` stands in its place.
+`train-00000.bin`, `train-00001.bin`, ..., `val-00000.bin`, ... hold nothing but ids, little-endian uint16 or uint32:
+one document after another, each followed by end-of-text where the tokenizer has one. The tokenizer's files lie beside
+them, as in a model directory. `manifest.json` is written last:
+
+- "format": 1
+- "tokenizer": the SHA-256 of each of its files, by name
+- "vocab_size", "dtype", "largest_id"
+- "train" and "val": the numbers of "documents" and "tokens", and "shards", each with "file", "tokens" and "sha256"
+- "documents", "tokens", "text_bytes": the totals
+- "made_from": the input files and the settings
+
+Until then `progress.json` stands in its place; preparation.py says what it holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 from collections.abc import Callable, Mapping
@@ -22,15 +27,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from . import tokenizer
-from .tokenizer import Tokenizer
+from ..common import disk
+from .tokenizer import Tokenizer, from_files
 
 FORMAT = 1
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_BLOCK = 1 << 22  # bytes read at a time
+_BLOCK = 1 << 22  # bytes read at a time, to compute a checksum
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,10 @@ class Prepared:
     train: list[np.memmap]  # each (n,), uint16 or uint32
     val: list[np.memmap]
     manifest: Mapping[str, Any]
-    fingerprint: str  # SHA-256 of the manifest, which holds those of all shards: the same for the same data
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+    fingerprint: str  # SHA-256 of the manifest, which holds the SHA-256 of each shard: the same for the same data
 
     def check_tokenizer(self, other: Tokenizer, source: str) -> None:
-        """ValueError if another tokenizer, of the source, gives ids another meaning."""
+        """ValueError unless `other`, the tokenizer of `source`, gives every id the same meaning."""
         ours = self.tokenizer
         rule = f"expected that of {source}: the shards are of another tokenizer"
         if (ours.vocab_size, ours.end_of_text) != (other.vocab_size, other.end_of_text):
@@ -67,24 +68,24 @@ class Prepared:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path is a directory that was prepared, or is being prepared."""
+    """Whether a path is a prepared directory, finished or not."""
     path = Path(path).expanduser()
     return any((path / name).is_file() for name in (MANIFEST, PROGRESS))
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
-    """The type of the ids of a vocabulary in shards."""
+    """The type of ids in shards, for a vocabulary of this size."""
     return _DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
 def open_prepared(path: str | Path) -> Prepared:
-    """Opens a prepared directory and checks all that can be without reading the shards.
+    """Opens a prepared directory and checks everything that can be checked without reading the shards.
 
     FileNotFoundError for a file that is missing; ValueError in one line for a directory that is still being
-    prepared, a manifest that contradicts itself, the files or the tokenizer, or is of a newer format.
+    prepared, and for a manifest that contradicts itself, the files or the tokenizer, or has a newer format.
     """
     path = Path(path).expanduser()
-    manifest, content = read_manifest(path)
+    manifest = read_manifest(path)
     files = {}
     for name, sha256 in manifest["tokenizer"].items():
         files[name] = _existing(path / name).read_bytes()
@@ -92,11 +93,9 @@ def open_prepared(path: str | Path) -> Prepared:
             raise ValueError(
                 f"{path / name}: its SHA-256 is {found}, expected {sha256}: the shards are of another tokenizer"
             )
-    text = tokenizer.from_files(files, str(path))
-    if text.vocab_size != manifest["vocab_size"]:
-        raise ValueError(
-            f"{path / MANIFEST}: vocab_size is {manifest['vocab_size']}, expected {text.vocab_size}, the tokenizer's"
-        )
+    tokenizer = from_files(files, str(path))
+    if (size := tokenizer.vocab_size) != manifest["vocab_size"]:
+        raise ValueError(f"{path / MANIFEST}: vocab_size is {manifest['vocab_size']}, expected {size}, the tokenizer's")
     dtype = _DTYPES[manifest["dtype"]]
     maps: dict[Split, list[np.memmap]] = {split: [] for split in SPLITS}
     for split in SPLITS:
@@ -107,29 +106,28 @@ def open_prepared(path: str | Path) -> Prepared:
                     f"{file}: it has {size} bytes, expected {expected} of {shard['tokens']} {manifest['dtype']} tokens"
                 )
             maps[split].append(open_shard(file, dtype))
-    fingerprint = hashlib.sha256(content).hexdigest()
-    return Prepared(path, path.resolve().name, text, maps["train"], maps["val"], manifest, fingerprint)
+    fingerprint = disk.sha256(path / MANIFEST)
+    return Prepared(path, path.resolve().name, tokenizer, maps["train"], maps["val"], manifest, fingerprint)
 
 
 def open_shard(file: Path, dtype: np.dtype) -> np.memmap:
-    """A shard (n,), memory-mapped: without reading ahead, which for windows here and there reads far too much."""
+    """A shard (n,), memory-mapped. Reading ahead is off: for windows at random places it reads far too much."""
     shard = np.memmap(file, dtype, "r")
     shard._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return shard
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A prepared directory's manifest, checked in itself, and the file's bytes. Errors as `open_prepared`."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a prepared directory, checked for contradictions in itself. Errors as in `open_prepared`."""
     file = path / MANIFEST
     if not file.is_file() and (path / PROGRESS).is_file():
-        progress = read_json(path / PROGRESS)
+        progress = disk.read_json(path / PROGRESS)
         done, total = progress.get("input_done", 0), progress.get("input_total", 0)
         raise ValueError(
             f"{path}: it is still being prepared ({done / 1e6:,.1f} of {total / 1e6:,.1f} MB are done): "
-            "wait, or run the same scripts/prepare_text.py again, which goes on"
+            "wait, or run the same command again to continue"
         )
-    content = _existing(file).read_bytes()
-    manifest = read_json(file)
+    manifest = disk.read_json(_existing(file))
     if (version := manifest.get("format")) != FORMAT:
         newer = "; a newer mlxgpt wrote it" if isinstance(version, int) and version > FORMAT else ""
         raise ValueError(f"{file}: format is {version!r}, expected {FORMAT}{newer}")
@@ -138,7 +136,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{file}: not a manifest of shards: {reason}") from None
-    return manifest, content
+    return manifest
 
 
 def _check(manifest: dict[str, Any], file: Path) -> None:
@@ -172,9 +170,10 @@ def _check(manifest: dict[str, Any], file: Path) -> None:
 
 
 def verify(path: str | Path, done: Callable[[int], None] = lambda n: None) -> Prepared:
-    """Opens a prepared directory and reads its shards through: their SHA-256, and the largest id.
+    """Opens a prepared directory and reads all shards, to check each SHA-256 and the largest id.
 
-    `done` is told of the bytes read as they are. Errors as `open_prepared`.
+    `done` is called with the number of bytes that were read since the last call. Errors as in `open_prepared`, and
+    ValueError for a shard that has changed.
     """
     prepared = open_prepared(path)
     manifest, largest = prepared.manifest, 0
@@ -190,19 +189,10 @@ def verify(path: str | Path, done: Callable[[int], None] = lambda n: None) -> Pr
                 raise ValueError(f"{file}: its SHA-256 is {sha256.hexdigest()}, expected {shard['sha256']}")
     if largest != manifest["largest_id"]:
         file = prepared.path / MANIFEST
-        raise ValueError(f"{file}: largest_id is {manifest['largest_id']}, expected {largest}, that of the shards")
+        raise ValueError(
+            f"{file}: largest_id is {manifest['largest_id']}, expected {largest}, the largest in the shards"
+        )
     return prepared
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. ValueError with the file's name."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: it is a {type(content).__name__}, expected an object")
-    return content
 
 
 def _existing(file: Path) -> Path:
@@ -220,13 +210,14 @@ def _is_plain(name: object) -> bool:
 
 
 class ShardWriter:
-    """Writes one split's shards, each of `shard_tokens` ids but the last, and can go on after any end.
+    """Writes the shards of one split, each of `shard_tokens` ids but the last; it can continue after an interruption.
 
-    A state is what `commit` returned: all of it is on the disk, and what was written later is written anew.
+    It continues from a state that `commit` returned: what the state counts is on the disk, and what was written later
+    is written anew.
     """
 
     def __init__(self, path: Path, split: Split, dtype: np.dtype, shard_tokens: int, state: Mapping[str, Any]) -> None:
-        """ValueError if the shards don't hold what the state says."""
+        """state: what `commit` returned, or `nothing()`. ValueError if the shards hold fewer tokens than it says."""
         self._path, self._split, self._dtype, self._shard_tokens = path, split, dtype, shard_tokens
         self._closed: list[dict[str, Any]] = list(state["shards"])
         self._tokens, self._sha256 = int(state["open_tokens"]), hashlib.sha256()
@@ -238,7 +229,7 @@ class ShardWriter:
             if (size := _existing(path / name).stat().st_size) < tokens * dtype.itemsize:
                 raise ValueError(
                     f"{path / name}: it has {size} bytes, expected at least {tokens * dtype.itemsize}: "
-                    f"remove {path} and begin anew"
+                    f"remove {path} and start again"
                 )
         for file in path.glob(f"{split}-*.bin"):
             if file.name not in held:
@@ -254,16 +245,16 @@ class ShardWriter:
 
     @staticmethod
     def nothing() -> dict[str, Any]:
-        """The state of a writer that has written nothing."""
+        """The state before anything is written."""
         return {"shards": [], "open_tokens": 0}
 
     @property
     def _file(self) -> Path:
-        """The shard that is being written, or will be."""
+        """The shard that is being written, or is to be written next."""
         return self._path / f"{self._split}-{len(self._closed):05d}.bin"
 
     def write(self, tokens: np.ndarray) -> None:
-        """Appends ids (n,) of the shards' type. OSError names the shard."""
+        """Appends ids (n,), of the type of the shards. OSError names the shard."""
         while len(tokens):
             part = tokens[: self._shard_tokens - self._tokens]
             try:
@@ -280,19 +271,19 @@ class ShardWriter:
                 self._close_shard()
 
     def commit(self) -> dict[str, Any]:
-        """Brings all to the disk -> the state to go on from."""
+        """Syncs everything to the disk -> the state to continue from."""
         if self._out:
             os.fsync(self._out.fileno())
         return {"shards": list(self._closed), "open_tokens": self._tokens}
 
     def finish(self) -> list[dict[str, Any]]:
-        """Closes the last shard -> what the manifest says of all."""
+        """Closes the last shard -> an entry of the manifest for each shard."""
         if self._tokens:
             self._close_shard()
         return self._closed
 
     def close(self) -> None:
-        """Lets go of the file, as it is."""
+        """Closes the open file; what it holds stays."""
         if self._out:
             self._out.close()
             self._out = None

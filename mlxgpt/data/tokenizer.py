@@ -1,6 +1,6 @@
 """Text to token ids and back: one token per character, or GPT-2's byte-pair encoding, behind one interface.
 
-Both lie in a model directory as files that transformers and mlx_lm open: `tokenizer.json` for characters,
+In a model directory each is a set of files that transformers and mlx_lm open: `tokenizer.json` for characters,
 `vocab.json` and `merges.txt` for byte pairs. Nothing is ever downloaded.
 """
 
@@ -28,13 +28,13 @@ class Tokenizer(Protocol):
     start: int  # the id that an empty prompt starts from
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, an integer array (n,). ValueError for what has no id."""
+        """The ids of a text, an integer array (n,). ValueError for a character that has no id."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of one token; those of a character may be spread over several."""
+        """The UTF-8 bytes of one token. The bytes of one character may be spread over several tokens."""
 
     def files(self) -> dict[str, bytes]:
-        """The files of a model directory from which `load` makes this tokenizer again."""
+        """The files from which `load` reads this tokenizer in a model directory: name -> content."""
 
 
 class CharTokenizer:
@@ -52,7 +52,7 @@ class CharTokenizer:
 
     @classmethod
     def of(cls, *texts: str) -> CharTokenizer:
-        """For the characters that occur in some texts."""
+        """A tokenizer of the characters that occur in some texts."""
         return cls(sorted(set().union(*texts)))
 
     def encode(self, text: str) -> np.ndarray:
@@ -93,12 +93,13 @@ class BPETokenizer:
         vocab: dict[str, int] = json.loads(vocab_json)
         merged = [line for line in merges_txt.decode("utf-8").replace(" ", "").splitlines()[1:] if line]
         spelt = {i: s for s, i in vocab.items() if s != END_OF_TEXT}
-        self._spelt = [spelt.get(i, "") for i in range(256 + len(merged))]  # in GPT-2's characters for bytes
-        # tiktoken takes a token's id for its merge's rank, so the two must be in one order
+        # each token, spelt with a character for each byte (byte_of_character)
+        self._spelt = [spelt.get(i, "") for i in range(256 + len(merged))]
+        # tiktoken takes the id of a token as the rank of its merge, so both must have the same order
         if len(spelt) != len(self._spelt) or "" in self._spelt or self._spelt[256:] != merged:
             raise ValueError("it does not number its tokens in the order of their merges")
         if strange := set("".join(self._spelt)) - byte_of_character().keys():
-            raise ValueError(f"{min(strange)!r} in its tokens is no byte")
+            raise ValueError(f"{min(strange)!r} in its tokens stands for no byte")
         self.end_of_text = vocab.get(END_OF_TEXT)
         self.vocab_size = max(vocab.values()) + 1
         self.start = self.end_of_text if self.end_of_text is not None else 0
@@ -127,13 +128,13 @@ class BPETokenizer:
         return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> np.ndarray:
-        try:  # without a list of Python's, which takes a tenth of the time
+        try:  # straight to an array: a Python list of the ids would take a tenth of the time
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold
+        except UnicodeEncodeError:  # half of a surrogate pair, which a JSON string may hold
             return np.array(self._encoding.encode_ordinary(text), np.int32)
 
     def _all_bytes(self) -> list[bytes]:
-        """Of each token: all are mapped in one piece and cut up again, for there are 50,000."""
+        """The bytes of each token. All are mapped in one piece, which is then cut up, because there are 50,000."""
         byte_of = np.zeros(512, np.uint8)  # by code point
         for character, byte in byte_of_character().items():
             byte_of[ord(character)] = byte
@@ -155,13 +156,13 @@ class BPETokenizer:
 
 
 def load(directory: Path) -> Tokenizer:
-    """The tokenizer of a model directory. FileNotFoundError, ValueError with the file's name."""
+    """The tokenizer in a model directory. FileNotFoundError; ValueError names the file."""
     names = [name for name in ("vocab.json", "merges.txt") if (directory / name).exists()] or ["tokenizer.json"]
     return from_files({name: (directory / name).read_bytes() for name in names}, str(directory))
 
 
 def from_files(files: Mapping[str, bytes], source: str) -> Tokenizer:
-    """The tokenizer in some files of a model directory, by their names. ValueError, naming the source and the file."""
+    """The tokenizer in the files of a model directory: name -> content. ValueError names the source and the file."""
     name = "vocab.json" if "vocab.json" in files else "tokenizer.json"
     try:
         if name == "vocab.json":
@@ -183,16 +184,16 @@ def from_files(files: Mapping[str, bytes], source: str) -> Tokenizer:
 
 
 def kind_of(tokenizer: Tokenizer) -> str:
-    """Its name among the settings: char or gpt2."""
+    """The kind of a tokenizer, as the setting `tokenizer` names it: char or gpt2."""
     return "gpt2" if isinstance(tokenizer, BPETokenizer) else "char"
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of some tokens; bytes that are no character become U+FFFD."""
+    """The text of some tokens; bytes that form no character become U+FFFD."""
     return b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
 
 
-# what tiktoken checks its own downloads of these files against
+# the checksums that tiktoken compares its downloads of these files with
 _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -201,8 +202,11 @@ _GPT2_SHA256 = {
 
 @cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's files write each byte as a visible character: itself, or for the invisible ones the next
-    code point from 256 on (bytes_to_unicode in OpenAI's encoder.py)."""
+    """The byte that each character stands for in GPT-2's files.
+
+    A visible byte is written as itself; an invisible one as the next code point from 256 on (bytes_to_unicode in
+    OpenAI's encoder.py).
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     invisible = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(invisible)}

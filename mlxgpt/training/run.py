@@ -17,9 +17,10 @@ from rich.console import Console
 from ..common import disk
 from ..common.console import say
 from ..cpu import extension
-from ..data import corpus, dataset
+from ..data import dataset
 from ..data.dataset import Dataset
 from ..data.tokenizer import decode, kind_of
+from ..data.windows import Prefetch, Windows
 from ..generation.decoding import Decoder
 from ..generation.sampling import Sampler
 from ..model import ops
@@ -101,7 +102,9 @@ class Run:
         """Says what the run trains, on what, and where."""
         config, shape = self.config, self.config.model
         n_train, n_val = self.data.sizes()
-        self._say(f"data: {self.data.name}, {self.data.what}; {n_train:,} training and {n_val:,} validation tokens")
+        self._say(
+            f"data: {self.data.name}, {self.data.description}; {n_train:,} training and {n_val:,} validation tokens"
+        )
         self._say(
             f"model: {self.model.n_params():,} parameters; {shape.n_layer} layers, {shape.n_head} heads of "
             f"{shape.head_dim}, {shape.n_embd} wide, {shape.block_size} positions, {shape.vocab_size} token ids"
@@ -123,7 +126,7 @@ class Run:
         Ctrl-C or SIGTERM finishes the step, saves, and ends. ValueError when training has diverged.
         """
         config, interrupt = self.config, Interrupt()
-        batches_of = corpus.Ahead(self.windows.batches)
+        batches_of = Prefetch(self.windows.batches)
         progress = Progress(
             self.console, self.first_step, config.max_iters, self.windows.per_step * config.model.block_size,
             eval_interval=config.eval_interval, flops_per_token=device.training_flops(config.model),
@@ -304,7 +307,9 @@ def _open_data(config: TrainConfig, chosen: set[str], origin: Origin | None) -> 
     """
     if origin:
         origin.require_shape(config)
-    data = dataset.load(config, "tokenizer" in chosen, *((origin.tokenizer, origin.path) if origin else ()))
+    data = dataset.load(
+        config.data, config.tokenizer, "tokenizer" in chosen, *((origin.tokenizer, origin.path) if origin else ())
+    )
     shape, tokenizer = config.model, data.tokenizer
     if "vocab_size" not in chosen:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
@@ -335,8 +340,8 @@ def _build_model(config: TrainConfig) -> GPT:
     return model
 
 
-def _windows(shards: Sequence[np.ndarray], config: TrainConfig, seed: int, name: str) -> corpus.Batches:
-    return corpus.Batches(shards, config.model.block_size, seed, name, config.model.vocab_size)
+def _windows(shards: Sequence[np.ndarray], config: TrainConfig, seed: int, name: str) -> Windows:
+    return Windows(shards, config.model.block_size, seed, name, config.model.vocab_size)
 
 
 def _validation_batches(shards: Sequence[np.ndarray], config: TrainConfig) -> list[Batch]:

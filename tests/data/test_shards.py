@@ -1,4 +1,4 @@
-"""Prepared directories: what is written is read again, and everything that contradicts itself is named."""
+"""Prepared directories: what is written can be read, and every contradiction is named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from mlxgpt.data import corpus as data
-from mlxgpt.data import preparation as prepare_text
+from mlxgpt import prepare as verb
 from mlxgpt.data import shards
 from mlxgpt.data.tokenizer import CharTokenizer
+from mlxgpt.data.windows import Windows
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def prepared(made, tmp_path):
 
 
 def prepare(source, out, *flags):
-    prepare_text.main([str(source), "--out", str(out), "--workers", "1", *flags])
+    verb.main([str(source), "--out", str(out), "--workers", "1", *flags])
 
 
 def edit(directory, change):
@@ -48,21 +48,21 @@ def test_shards_are_the_text_in_order(prepared):
     assert [len(shard) for shard in p.train[:-1]] == [2000] * (len(p.train) - 1)
     assert abs(sum(map(len, p.val)) / len(text) - 0.1) < 0.01
     assert {shard.dtype for shard in p.train + p.val} == {np.dtype("<u2")}
-    assert (p.name, p.vocab_size) == ("out", len(set(text)))
+    assert (p.name, p.tokenizer.vocab_size) == ("out", len(set(text)))
     assert shards.verify(prepared).fingerprint == p.fingerprint
-    x, y = data.Batches(p.train, 16, 0, "training", p.vocab_size).draw(0, 8)
+    x, y = Windows(p.train, 16, 0, "training", p.tokenizer.vocab_size).draw(0, 8)
     assert (x[:, 1:] == y[:, :-1]).all()
 
 
-def test_the_fingerprint_is_the_contents(prepared, made, tmp_path):
-    again = shards.open_prepared(prepared).fingerprint
-    assert again == shards.open_prepared(made).fingerprint
+def test_the_same_content_has_the_same_fingerprint(prepared, made, tmp_path):
+    fingerprint = shards.open_prepared(prepared).fingerprint
+    assert fingerprint == shards.open_prepared(made).fingerprint
     (tmp_path / "text.txt").write_text("".join(f"line {n} of the text\n" for n in range(300)).replace("7", "8"))
     prepare(tmp_path / "text.txt", tmp_path / "other", "--tokenizer", "char", "--shard_tokens", "2000")
-    assert shards.open_prepared(tmp_path / "other").fingerprint != again
+    assert shards.open_prepared(tmp_path / "other").fingerprint != fingerprint
 
 
-def test_what_is_a_prepared_directory(prepared, tmp_path):
+def test_a_prepared_directory_is_recognised(prepared, tmp_path):
     assert shards.is_prepared(prepared)
     assert not shards.is_prepared(tmp_path)
     assert not shards.is_prepared("stdlib")
@@ -102,7 +102,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
-def test_a_manifest_that_lies(case, prepared):
+def test_a_manifest_that_contradicts_itself_or_the_files_is_refused(case, prepared):
     change, message = MANIFESTS[case]
     edit(prepared, change)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -115,7 +115,7 @@ def test_a_manifest_that_lies(case, prepared):
     ("name", "change", "message"),
     [
         ("manifest.json", lambda b: b[:100], "manifest.json: not JSON: "),
-        ("manifest.json", lambda b: b"[]", "manifest.json: it is a list, expected an object"),
+        ("manifest.json", lambda b: b"[]", "manifest.json: it holds a JSON list, expected an object"),
         ("manifest.json", lambda b: b"\xff" + b, "manifest.json: not JSON: "),
         ("val-00000.bin", lambda b: b[:-1], r"val-00000.bin: it has \d+ bytes, expected \d+ of \d+ uint16 tokens"),
         ("val-00000.bin", lambda b: b + b"\0\0", r"val-00000.bin: it has \d+ bytes, expected \d+ of \d+ uint16"),
@@ -125,7 +125,7 @@ def test_a_manifest_that_lies(case, prepared):
         ("manifest.json", None, "manifest.json: there is no such file"),
     ],
 )
-def test_files_that_are_not_as_the_manifest_says(name, change, message, prepared):
+def test_files_that_contradict_the_manifest_are_refused(name, change, message, prepared):
     file = prepared / name
     if change:
         file.write_bytes(change(file.read_bytes()))
@@ -136,7 +136,7 @@ def test_files_that_are_not_as_the_manifest_says(name, change, message, prepared
     assert "\n" not in str(caught.value)
 
 
-def test_a_count_that_lies_in_all_its_sums(prepared):
+def test_a_wrong_count_is_found_even_where_all_sums_agree(prepared):
     def change(manifest):
         val_shard(manifest)["tokens"] = manifest["val"]["tokens"] = 7
         manifest["tokens"] = 7 + manifest["train"]["tokens"]
@@ -154,13 +154,13 @@ def test_verifying_reads_the_shards(prepared):
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
-    shards.open_prepared(prepared)  # which doesn't
+    shards.open_prepared(prepared)  # does not read the shards
     with pytest.raises(ValueError, match=r"train-00001.bin: its SHA-256 is \w{64}, expected \w{64}"):
         shards.verify(prepared)
     content[100] ^= 1
     file.write_bytes(content)
     edit(prepared, lambda m: m.update(largest_id=1))
-    with pytest.raises(ValueError, match=r"largest_id is 1, expected \d+, that of the shards"):
+    with pytest.raises(ValueError, match=r"largest_id is 1, expected \d+, the largest in the shards"):
         shards.verify(prepared)
 
 
@@ -174,7 +174,7 @@ def test_another_tokenizer_is_refused(prepared):
         p.check_tokenizer(CharTokenizer(characters), "runs/x")
 
 
-def test_a_writer_goes_on_behind_what_was_committed(tmp_path):
+def test_a_writer_continues_after_what_was_committed(tmp_path):
     tokens = np.arange(25, dtype=np.uint16)
     writer = shards.ShardWriter(tmp_path, "train", tokens.dtype, 10, shards.ShardWriter.nothing())
     writer.write(tokens[:13])
@@ -192,14 +192,14 @@ def test_a_writer_goes_on_behind_what_was_committed(tmp_path):
     assert [shard["sha256"] for shard in written] == [hashlib.sha256(c).hexdigest() for c in content]
 
 
-def test_drawing_from_100_gb_costs_nothing(tmp_path):
-    """In a file that is all hole: what is drawn is read, and nothing else."""
+def test_windows_of_100_gb_are_drawn_at_once(tmp_path):
+    """From a sparse file: only the windows that are drawn are read."""
     file = tmp_path / "train-00000.bin"
     with open(file, "wb") as out:
         out.truncate(100_000_000_000)
     start = time.perf_counter()
-    batches = data.Batches([shards.open_shard(file, np.dtype("<u2"))], 1024, 0, "training", 50257)
-    shapes = {batches.draw(n * 12, 12)[0].shape for n in range(100)}
+    windows = Windows([shards.open_shard(file, np.dtype("<u2"))], 1024, 0, "training", 50257)
+    shapes = {windows.draw(n * 12, 12)[0].shape for n in range(100)}
     assert time.perf_counter() - start < 1
     assert shapes == {(12, 1024)}
-    assert batches.per_epoch == 50_000_000_000 // 1024 - 1
+    assert windows.per_epoch == 50_000_000_000 // 1024 - 1

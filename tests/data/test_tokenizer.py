@@ -1,4 +1,4 @@
-"""Characters and GPT-2's byte pairs: there and back, through files, and against known ids."""
+"""Tokenizers of characters and of GPT-2's byte pairs: encoded and decoded, saved and loaded, beside known ids."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer, decode
 GPT2 = BPETokenizer.gpt2()
 
 
-def saved(of: tokenizer.Tokenizer, directory) -> tokenizer.Tokenizer:
-    for name, content in of.files().items():
+def saved_and_loaded(original: tokenizer.Tokenizer, directory) -> tokenizer.Tokenizer:
+    for name, content in original.files().items():
         (directory / name).write_bytes(content)
     return tokenizer.load(directory)
 
@@ -36,7 +36,7 @@ def test_unknown_character_is_named():
 
 
 @given(st.text(min_size=1), st.randoms())
-def test_characters_there_and_back(text, random):
+def test_characters_are_decoded_as_they_were_encoded(text, random):
     chars = CharTokenizer.of(text)
     shuffled = "".join(random.sample(text, len(text)))
     ids = chars.encode(shuffled)
@@ -44,14 +44,14 @@ def test_characters_there_and_back(text, random):
     assert decode(chars, ids.tolist()) == shuffled.encode("utf-8", "replace").decode()
 
 
-def test_character_files_there_and_back(tmp_path):
+def test_a_character_tokenizer_is_loaded_as_it_was_saved(tmp_path):
     chars = CharTokenizer.of('\n "\\ aéλ😀\u2028')
-    again = saved(chars, tmp_path)
-    assert again.characters == chars.characters
-    assert again.start == chars.start
+    loaded = saved_and_loaded(chars, tmp_path)
+    assert loaded.characters == chars.characters
+    assert loaded.start == chars.start
 
 
-def test_gpt2_ids_are_gpt2s():
+def test_gpt2s_known_ids():
     assert GPT2.encode("Hello, world! Don't   stop\n").tolist() == [
         15496, 11, 995, 0, 2094, 470, 220, 220, 2245, 198,
     ]  # fmt: skip
@@ -68,21 +68,21 @@ def test_gpt2_needs_no_network(monkeypatch):
     assert BPETokenizer.gpt2().encode("offline").tolist() == [2364, 1370]
 
 
-def test_each_token_is_spelt_as_encoding_takes_it():
+def test_the_bytes_of_all_tokens_are_those_of_each():
     assert GPT2._all_bytes() == [GPT2.token_bytes(token) for token in range(50256)]
     assert sorted(GPT2._all_bytes()[:256]) == [bytes([byte]) for byte in range(256)]
 
 
 @given(st.text())
-def test_gpt2_there_and_back(text):
+def test_gpt2s_tokens_are_decoded_as_they_were_encoded(text):
     assert decode(GPT2, GPT2.encode(text).tolist()) == text
 
 
-def test_gpt2_files_there_and_back(tmp_path):
-    again = saved(GPT2, tmp_path)
+def test_gpt2s_tokenizer_is_loaded_as_it_was_saved(tmp_path):
+    loaded = saved_and_loaded(GPT2, tmp_path)
     text = "The quick brown fox — naïve café"
-    assert again.encode(text).tolist() == GPT2.encode(text).tolist()
-    assert again.end_of_text == GPT2.end_of_text
+    assert loaded.encode(text).tolist() == GPT2.encode(text).tolist()
+    assert loaded.end_of_text == GPT2.end_of_text
 
 
 @pytest.mark.parametrize(
@@ -116,23 +116,23 @@ def vocabulary(change) -> dict[str, bytes]:
         (lambda vocab, lines: lines.insert(1, lines.pop(2)), "in the order of their merges"),
         (lambda vocab, lines: lines.pop(), "in the order of their merges"),
         (lambda vocab, lines: vocab.pop("!"), "in the order of their merges"),
-        (lambda vocab, lines: vocab.update({"\n": vocab.pop("!")}), r"'\\n' in its tokens is no byte"),
-        (lambda vocab, lines: vocab.update({"猫": vocab.pop("!")}), "'猫' in its tokens is no byte"),
+        (lambda vocab, lines: vocab.update({"\n": vocab.pop("!")}), r"'\\n' in its tokens stands for no byte"),
+        (lambda vocab, lines: vocab.update({"猫": vocab.pop("!")}), "'猫' in its tokens stands for no byte"),
     ],
 )
-def test_byte_pairs_that_tiktoken_would_take_for_others_are_refused(change, message):
+def test_byte_pairs_that_tiktoken_would_number_otherwise_are_refused(change, message):
     with pytest.raises(ValueError, match=rf"here: vocab\.json: not a tokenizer .*{message}"):
         tokenizer.from_files(vocabulary(change), "here")
 
 
-def test_a_directory_without_a_tokenizer(tmp_path):
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("merges", [lambda pairs: pairs, lambda pairs: [pair.split(" ") for pair in pairs]])
-def test_byte_pairs_in_one_json_file(merges):
-    """As transformers' fast tokenizers save GPT-2's, older ones with merges as strings."""
+def test_byte_pairs_are_read_from_one_json_file(merges):
+    """transformers saves GPT-2's fast tokenizer like this; older versions write each merge as one string."""
     files = tokenizer.BPETokenizer.gpt2().files()
     vocab = json.loads(files["vocab.json"])
     pairs = files["merges.txt"].decode().splitlines()[1:]

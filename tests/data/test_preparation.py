@@ -1,4 +1,4 @@
-"""Preparing text: the tokens are the whole text's, whatever the pieces, the processes and the moment of a kill."""
+"""Preparing text: the shards are the same whatever the pieces, the processes and the moment of a kill."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mlxgpt.data import pieces as text_pieces
-from mlxgpt.data import preparation as prepare_text
-from mlxgpt.data import shards
+from mlxgpt import prepare as verb
+from mlxgpt.common import disk
+from mlxgpt.data import pieces, preparation, shards
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 
 GPT2 = BPETokenizer.gpt2()
@@ -29,7 +27,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_text.py"
 
 
 def prepare(*args, workers=1):
-    prepare_text.main([*map(str, args), "--workers", str(workers)])
+    verb.main([*map(str, args), "--workers", str(workers)])
 
 
 def ids(directory, split="train"):
@@ -68,58 +66,11 @@ def texts():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(text_pieces, "PIECE", 1000)
-    monkeypatch.setattr(text_pieces, "_WINDOW", 64)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "SCAN_BYTES", 64)
 
 
-# ---- pieces ----
-
-
-@given(
-    st.lists(
-        st.sampled_from(["a", "Z", "é", "日", "7", ".", "'", "s", " ", " ", "\n", "\n", "\r", "\t", "\u3000", "\xa0"])
-    ),
-    st.integers(1, 8),
-    st.integers(16, 40),
-)
-@settings(max_examples=300, deadline=None)
-def test_a_texts_pieces_have_the_tokens_of_the_whole(tmp_path_factory, characters, piece, window):
-    text = "".join(characters)
-    file = tmp_path_factory.getbasetemp() / "pieces.txt"
-    file.write_bytes(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_pieces, "PIECE", piece)
-        patch.setattr(text_pieces, "_WINDOW", window)
-        source = text_pieces.Input(file, "pieces.txt", "text", len(text.encode()), 0)
-        pieces = list(text_pieces._cut_text(source, 0, [(source.size, "train")]))
-    parts = [file.read_bytes()[p.begin : p.end].decode() for p in pieces]
-    assert "".join(parts) == text
-    assert [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
-    assert [i for part in parts for i in GPT2.encode(part)] == GPT2.encode(text).tolist()
-
-
-@pytest.mark.parametrize(
-    ("text", "cut"), [("日本\n語彙", 6), ("ab cd", 2), ("日本\u3000\n\u3000語彙", 19), ("a\n\xa0b", 5)]
-)
-def test_a_text_is_cut_between_what_is_visible_in_unicode(text, cut, tmp_path):
-    """GPT-2's merges wouldn't tell; those of another vocabulary may."""
-    (tmp_path / "text.txt").write_bytes(text.encode())
-    with open(tmp_path / "text.txt", "rb") as file:
-        assert text_pieces._text_cut(file, 1, len(text.encode())) == cut
-
-
-def test_a_large_text_is_cut_and_one_without_line_breaks_too(tmp_path, small_pieces):
-    for separator in ("\n", " ", "。\n"):
-        text = separator.join(["word" if separator != "。\n" else "日本語"] * 2000)
-        file = tmp_path / "text.txt"
-        file.write_text(text)
-        (source,), _ = text_pieces.find_inputs([str(file)])
-        pieces = list(text_pieces._cut_text(source, 0, [(source.size, "train")]))
-        assert max(p.end - p.begin for p in pieces) < 1000 + 2 * 64
-        assert len(pieces) >= source.size // 1100
-
-
-def test_a_single_text_is_all_there_and_its_end_validates(tmp_path, small_pieces, texts):
+def test_a_single_text_is_complete_and_its_end_is_held_out(tmp_path, small_pieces, texts):
     text = "\n".join(texts)
     (tmp_path / "text.txt").write_text(text, newline="")
     prepare(tmp_path / "text.txt", "--out", tmp_path / "out", "--val_fraction", "0.2", "--shard_tokens", "1000")
@@ -130,7 +81,7 @@ def test_a_single_text_is_all_there_and_its_end_validates(tmp_path, small_pieces
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
-def test_every_document_is_on_one_side_and_closed_by_end_of_text(kind, tmp_path, small_pieces, texts):
+def test_every_document_is_in_one_split_and_followed_by_end_of_text(kind, tmp_path, small_pieces, texts):
     source = tmp_path / f"docs.{kind}"
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -160,15 +111,7 @@ def test_every_document_is_on_one_side_and_closed_by_end_of_text(kind, tmp_path,
     assert manifest["tokens"] == sum(map(len, expected))
 
 
-def test_a_document_stays_on_its_side_when_others_are_appended(texts):
-    sides = [text_pieces.split_of("a.jsonl", n, 0.1) for n in range(5000)]
-    assert 400 < sides.count("val") < 600
-    assert [text_pieces.split_of("b.jsonl", n, 0.1) for n in range(5000)] != sides
-    more = [text_pieces.split_of("a.jsonl", n, 0.2) for n in range(5000)]
-    assert {n for n in range(5000) if sides[n] == "val"} < {n for n in range(5000) if more[n] == "val"}
-
-
-def test_characters_are_collected_first(tmp_path, small_pieces):
+def test_characters_are_found_before_the_text_is_tokenized(tmp_path, small_pieces):
     texts = ["abc" * 500, "déf" * 500, "日本" * 500, *(["abc"] * 50)]
     write_jsonl(tmp_path / "docs.jsonl", texts)
     prepare(tmp_path / "docs.jsonl", "--out", tmp_path / "out", "--tokenizer", "char", "--val_fraction", "0.3")
@@ -178,7 +121,7 @@ def test_characters_are_collected_first(tmp_path, small_pieces):
     assert len(ids(tmp_path / "out")) + len(ids(tmp_path / "out", "val")) == len("".join(texts))
 
 
-def test_a_model_directorys_tokenizer(tmp_path):
+def test_the_tokenizer_of_a_model_directory_is_used(tmp_path):
     (tmp_path / "text.txt").write_text("abc\ncab\n" * 200)
     prepare(tmp_path / "text.txt", "--out", tmp_path / "one", "--tokenizer", "char")
     (tmp_path / "one" / "config.json").write_text("{}")
@@ -187,19 +130,6 @@ def test_a_model_directorys_tokenizer(tmp_path):
     (tmp_path / "other.txt").write_text("abc\nxyz\n" * 200)
     with pytest.raises(ValueError, match=r"other.txt: character 'x' at position \d+ is not among the 4"):
         prepare(tmp_path / "other.txt", "--out", tmp_path / "three", "--tokenizer", tmp_path / "one")
-
-
-def test_directories_globs_and_what_is_left_out(tmp_path):
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    for name in ("a.txt", "sub/b.md", "sub/c.py", ".hidden"):
-        (tmp_path / "in" / name).write_text(f"text of {name}\n" * 30)
-    (tmp_path / "in" / "empty.txt").write_text("")
-    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG\0\xff")
-    inputs, left_out = text_pieces.find_inputs([str(tmp_path / "in")])
-    assert [i.name for i in inputs] == ["a.txt", "sub/b.md", "sub/c.py"]
-    assert left_out == 2
-    again, _ = text_pieces.find_inputs([str(tmp_path / "in" / "**" / "[abc].*"), str(tmp_path / "in" / "a.txt")])
-    assert again == inputs
 
 
 # ---- processes and kills ----
@@ -219,17 +149,17 @@ def test_the_number_of_processes_changes_nothing(corpus):
     assert content(corpus / "out1") == content(corpus / "out2")
 
 
-def test_killed_at_any_moment_it_goes_on_and_ends_the_same(corpus, monkeypatch):
-    """In this process: it ends at any write of a shard or of the progress, as a kill would end it."""
-    monkeypatch.setattr(text_pieces, "PIECE", 20_000)
-    monkeypatch.setattr(prepare_text, "COMMIT_SECONDS", 0.0)
+def test_killed_at_any_write_it_continues_and_ends_the_same(corpus, monkeypatch):
+    """In this process: an exception at any write of a whole file ends it, as a kill would."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(preparation, "COMMIT_SECONDS", 0.0)
     arguments = (corpus / "in.jsonl", corpus / "in.txt", "--val_fraction", "0.1", "--shard_tokens", "30000", "--out")
     prepare(*arguments, corpus / "whole")
 
     class Killed(BaseException):
         pass
 
-    chooser, kills, write = random.Random(1), 0, prepare_text._write_json
+    chooser, kills, write = random.Random(1), 0, disk.write_file
     for _ in range(100):
         left = chooser.randrange(30)
 
@@ -242,7 +172,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(corpus, monkeypatch):
             if left < 0:
                 raise Killed
 
-        monkeypatch.setattr(prepare_text, "_write_json", dying)
+        monkeypatch.setattr(disk, "write_file", dying)
         try:
             prepare(*arguments, corpus / "killed")
             break
@@ -253,7 +183,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_sigkill(corpus, seed, texts):
+def test_killed_by_the_system_it_continues_and_ends_the_same(corpus, seed, texts):
     write_jsonl(corpus / "in.jsonl", texts * 60)
     command = [
         sys.executable,
@@ -281,23 +211,23 @@ def test_sigkill(corpus, seed, texts):
     assert content(out) == content(corpus / "whole")
 
 
-def test_a_finished_one_is_left_as_it_is(corpus, capsys):
+def test_a_finished_directory_is_left_as_it_is(corpus, capsys):
     arguments = (corpus / "in.txt", "--out", corpus / "out")
     prepare(*arguments)
     before = {file: file.stat().st_mtime_ns for file in (corpus / "out").iterdir()}
     prepare(*arguments)
     assert "prepared already" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in (corpus / "out").iterdir()} == before
-    prepare_text.main(["--verify", str(corpus / "out")])
+    verb.main(["--verify", str(corpus / "out")])
     assert "every checksum is right" in capsys.readouterr().err
 
 
-def begun(corpus, monkeypatch):
-    """A directory whose making was ended in its midst."""
-    monkeypatch.setattr(text_pieces, "PIECE", 20_000)
-    monkeypatch.setattr(prepare_text, "COMMIT_SECONDS", 0.0)
+def interrupt(corpus, monkeypatch):
+    """Begins to prepare the directory `out`, and interrupts it half-way."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(preparation, "COMMIT_SECONDS", 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        encode, calls = text_pieces.encode, []
+        encode, calls = pieces.encode, []
 
         def few(*args, **kwargs):
             calls.append(1)
@@ -305,7 +235,7 @@ def begun(corpus, monkeypatch):
                 raise KeyboardInterrupt
             return encode(*args, **kwargs)
 
-        patch.setattr(text_pieces, "encode", few)
+        patch.setattr(pieces, "encode", few)
         with pytest.raises(KeyboardInterrupt):
             prepare(corpus / "in.txt", "--out", corpus / "out")
     assert list((corpus / "out").glob("train-*.bin"))
@@ -321,19 +251,19 @@ def begun(corpus, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
-def test_with_other_arguments_it_refuses(change, message, finished, corpus, monkeypatch):
+def test_other_arguments_are_refused(change, message, finished, corpus, monkeypatch):
     if finished:
         prepare(corpus / "in.txt", "--out", corpus / "out")
     else:
-        begun(corpus, monkeypatch)
+        interrupt(corpus, monkeypatch)
     change = [corpus / "in.jsonl"] if change == ["in.jsonl"] else change
     with pytest.raises(ValueError, match=message) as caught:
         prepare(corpus / "in.txt", *change, "--out", corpus / "out")
     assert "\n" not in str(caught.value)
 
 
-def test_with_changed_input_it_refuses(corpus, monkeypatch):
-    begun(corpus, monkeypatch)
+def test_changed_input_is_refused(corpus, monkeypatch):
+    interrupt(corpus, monkeypatch)
     text = (corpus / "in.txt").read_bytes()
     (corpus / "in.txt").write_bytes(text[:-1] + b"!")
     os.utime(corpus / "in.txt", (1, 1))
@@ -344,16 +274,16 @@ def test_with_changed_input_it_refuses(corpus, monkeypatch):
         prepare(corpus / "in.txt", "--out", corpus / "out")
 
 
-def test_a_shard_that_lost_what_was_written_is_named(corpus, monkeypatch):
-    begun(corpus, monkeypatch)
+def test_a_shard_that_lost_tokens_is_named(corpus, monkeypatch):
+    interrupt(corpus, monkeypatch)
     os.truncate(corpus / "out" / "train-00000.bin", 10)
     with pytest.raises(ValueError, match=r"train-00000.bin: it has 10 bytes, expected at least \d+: remove .*out"):
         prepare(corpus / "in.txt", "--out", corpus / "out")
 
 
-def test_a_full_disk_is_one_line_and_it_goes_on(corpus, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_preparation_continues(corpus, monkeypatch):
     prepare(corpus / "in.txt", "--out", corpus / "whole")
-    begun(corpus, monkeypatch)
+    interrupt(corpus, monkeypatch)
 
     class Full(FileIO):
         def write(self, content):
@@ -363,16 +293,18 @@ def test_a_full_disk_is_one_line_and_it_goes_on(corpus, monkeypatch):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "FileIO", Full)
-        with pytest.raises(OSError, match=r"No space left on device; the same command goes on from \d+ %") as caught:
+        with pytest.raises(
+            OSError, match=r"No space left on device; run the same command again to continue from \d+ %"
+        ) as caught:
             prepare(corpus / "in.txt", "--out", corpus / "out")
     assert caught.value.filename.endswith("train-00000.bin")
     prepare(corpus / "in.txt", "--out", corpus / "out")
     assert content(corpus / "out") == content(corpus / "whole")
 
 
-def test_two_at_once(corpus):
+def test_two_preparations_of_one_directory_are_refused(corpus):
     (corpus / "out").mkdir()
-    with prepare_text._locked(corpus / "out"):
+    with preparation.locked(corpus / "out"):
         with pytest.raises(ValueError, match=r"out: .*out is being prepared by another process"):
             prepare(corpus / "in.txt", "--out", corpus / "out")
 
@@ -429,7 +361,7 @@ def test_bad_input_is_named(name, content, message, tmp_path, small_pieces):
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_are_not_there_and_directories_that_are_taken(tmp_path):
+def test_missing_input_and_a_directory_with_other_files_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text("some text\n" * 100)
     with pytest.raises(FileNotFoundError, match=r"no file or directory .*none.txt, and as a glob it matches no file"):
         prepare(tmp_path / "none.txt", "--out", tmp_path / "out")
@@ -440,7 +372,7 @@ def test_paths_that_are_not_there_and_directories_that_are_taken(tmp_path):
         prepare(tmp_path / "text.txt", "--out", tmp_path)
 
 
-def test_parquet_that_is_not_as_it_should_be(tmp_path):
+def test_parquet_that_can_not_be_read_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -463,15 +395,3 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"a.parquet: parquet needs pyarrow: pip install 'mlxgpt\[parquet\]'"):
         prepare(tmp_path / "a.parquet", "--out", tmp_path / "out")
-
-
-def test_the_command_line(tmp_path):
-    for arguments, message in (
-        (["--out", "x"], "inputs is empty, expected at least one file, directory or glob"),
-        (["a.txt"], "out is empty, expected the directory to write"),
-        (["a.txt", "--out", "x", "--val_fraction", "1"], "val_fraction is 1.0, expected 0 < val_fraction < 1"),
-        (["a.txt", "--verify", "x"], "verify is 'x', expected no inputs beside it"),
-        (["a.txt", "--outt", "x"], r"unknown flag --outt \(did you mean 'out'\?\)"),
-    ):
-        with pytest.raises(prepare_text.cli.UsageError, match=message):
-            prepare_text.main(arguments)
