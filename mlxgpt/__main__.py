@@ -17,7 +17,7 @@ VERBS = {
     "train": "train a GPT on text, and show how it comes along",
     "generate": "continue a prompt with a trained model",
     "evaluate": "measure the loss, perplexity and bits per byte of a model on text",
-    "inspect": "show the shapes, memory and time that a model takes",
+    "inspect": "show the shapes, parameters, arithmetic and memory of a model",
     "compare": "draw the loss curves of several runs in one picture, and tabulate them",
     "convert": "convert GPT-2 weights between PyTorch, Hugging Face, nanoGPT, llm.c, GGUF and model directories",
     "prepare": "tokenize text of any size to shards that training reads",

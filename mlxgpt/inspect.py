@@ -21,7 +21,7 @@ from rich.table import Table
 from .common import cli
 from .common.settings import nearest, settings
 from .cpu import extension
-from .formats import model_directory as checkpoint
+from .formats import model_directory
 from .model import ops
 from .model.cache import KVCache
 from .model.config import GPTConfig
@@ -83,7 +83,8 @@ def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]
     calls: list[Call] = []
 
     def record(op: str, args: tuple[Any, ...], output: Any) -> None:
-        if op not in _SHOWN:
+        op = "gelu" if op in ops.GELU else op
+        if op not in _STEPS:
             return
         arrays = [a for a in args if isinstance(a, mx.array)]
         weights = [a for a in arrays if id(a) in names]
@@ -99,8 +100,8 @@ def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]
     return calls
 
 
-# Operations that are one step of the model, and not made of others that are.
-_SHOWN = {"embedding", "layer_norm", "linear", *ops.GELU, "attention", "cached_attention", "cross_entropy"}
+# The operations of a model that are not made of other operations.
+_STEPS = {"embedding", "layer_norm", "linear", "gelu", "attention", "cross_entropy"}
 
 
 def explain(config: GPTConfig) -> str:
@@ -228,18 +229,18 @@ def flops_table(calls: list[Call], tokens: int) -> Table:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a step of training holds at the most, beside weights, gradients and AdamW's averages."""
+    """Bytes that a step of training holds at most, beside weights, gradients and AdamW's averages."""
 
-    activations: int  # what the backward pass reads again, and what it works in
+    activations: int  # kept for the backward pass, and its working memory
     logits: int
     scores: int  # T x T per head
-    total: int  # with everything that is there at the same time
+    total: int  # with all else that exists at the same time
 
 
 def memory_on_kernels(model: GPT, batch_size: int, grad_checkpoint: bool) -> TrainingMemory:
-    """On the CPU's kernels, in float32: the arrays that kernels.py makes.
+    """Memory on the CPU's kernels, in float32, with the extension there: the arrays that cpu/operations.py makes.
 
-    They are kept by size from step to step, so that the most that there ever are of each size counts.
+    They are kept by size from step to step, so that for each size the largest number at one time counts.
     """
     config = model.config
     B, T, L, V, dropout = batch_size, config.block_size, config.n_layer, config.vocab_size, config.dropout > 0
@@ -248,15 +249,15 @@ def memory_on_kernels(model: GPT, batch_size: int, grad_checkpoint: bool) -> Tra
     else:
         wide, qkv, narrow = L + 2, L + 1, 3 * L + 5 + (2 * L + 1) * dropout
     activations = (4 * wide + 3 * qkv + narrow) * 4 * B * T * config.n_embd
-    logits = 4 * V * min(B * T, max(64, (26 << 20) // V))  # of some rows at a time, as cross_entropy.cpp cuts them
+    logits = 4 * V * extension.core.cross_entropy_rows(B * T, V)  # of some rows at a time
     return TrainingMemory(activations, logits, 0, 4 * 4 * model.n_params() + activations + logits)
 
 
 def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype) -> TrainingMemory:
-    """By MLX's operations, uncompiled: how many arrays of each size there are was found by measuring MLX 0.32's peak.
+    """Memory by MLX's operations, not compiled. The numbers of arrays were found by measuring the peak of MLX 0.32.
 
-    MLX frees what nothing needs any more, so that the peak is that of the last layer's backward pass, of the
-    loss's, or of the optimizer's step.
+    MLX frees arrays that nothing needs any more, so the peak comes in the backward pass of the last layer or of the
+    loss, or in the optimizer's step.
     """
     config = model.config
     B, T, L, dropout = batch_size, config.block_size, config.n_layer, config.dropout > 0
@@ -287,15 +288,17 @@ def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.
 
 
 def memory_table(model: GPT, cache: KVCache, batch_size: int, dtype: str, grad_checkpoint: bool) -> Table:
-    """Bytes held in training, on both of its paths, and in generation."""
-    used = getattr(mx, dtype)
-    on_mlx = {again: memory_on_mlx(model, batch_size, again, used) for again in (False, True)}
-    on_kernels = {again: memory_on_kernels(model, batch_size, again) for again in (False, True)}
-    mlx, ours, has_kernels = on_mlx[grad_checkpoint], on_kernels[grad_checkpoint], dtype == "float32"
+    """Bytes held in training, by the kernels and by MLX's operations, and in generation."""
+    used, has_kernels = getattr(mx, dtype), dtype == "float32" and extension.is_there()
+    on_mlx = {recompute: memory_on_mlx(model, batch_size, recompute, used) for recompute in (False, True)}
+    on_kernels = on_mlx
+    if has_kernels:
+        on_kernels = {recompute: memory_on_kernels(model, batch_size, recompute) for recompute in (False, True)}
+    mlx, kernels = on_mlx[grad_checkpoint], on_kernels[grad_checkpoint]
     table = _table(f"Memory in {dtype}", "what", "CPU's kernels", "MLX (GPU)", "")
 
-    def row(what: str, kernels: int, mlx: int, note: str = "", style: str = "") -> None:
-        table.add_row(what, _bytes(kernels) if has_kernels else "", _bytes(mlx), note, style=style)
+    def row(what: str, on_kernels: int, on_mlx: int, note: str = "", style: str = "") -> None:
+        table.add_row(what, _bytes(on_kernels) if has_kernels else "", _bytes(on_mlx), note, style=style)
 
     master = 4 * model.n_params()
     weights = sum(p.nbytes for p in model.named_weights().values())
@@ -304,11 +307,11 @@ def memory_table(model: GPT, cache: KVCache, batch_size: int, dtype: str, grad_c
     row("weights", weights, weights, "all that generation needs, with the cache")
     row("gradients", master, master, "float32")
     row("AdamW's two averages", 2 * master, 2 * master, "float32")
-    row("activations", ours.activations, mlx.activations, "what the backward pass reads again, and works in")
-    row("logits", ours.logits, mlx.logits, "float32; on MLX all of them, and their gradient")
-    row("attention scores", ours.scores, mlx.scores, "T x T per head")
+    row("activations", kernels.activations, mlx.activations, "kept for the backward pass, and its working memory")
+    row("logits", kernels.logits, mlx.logits, "float32; on MLX all of them, and their gradient")
+    row("attention scores", kernels.scores, mlx.scores, "T x T per head")
     note = "the most at one time: on MLX less than the sum" if dtype == "float32" else "the most at one time"
-    row("training in total", ours.total, mlx.total, note, "bold")
+    row("training in total", kernels.total, mlx.total, note, "bold")
     other = not grad_checkpoint
     name = "with grad_checkpoint" if other else "without grad_checkpoint"
     row(name, on_kernels[other].total, on_mlx[other].total, "the total", "bold")
@@ -345,7 +348,7 @@ def _find_config(target: str) -> GPTConfig:
             values.setdefault("vocab_size", STDLIB_CHARACTERS)
         return GPTConfig(**values)
     if target and Path(target).expanduser().is_dir():
-        return checkpoint.load_config(checkpoint.find_model(Path(target).expanduser()))
+        return model_directory.load_config(model_directory.find_model(Path(target).expanduser()))
     raise ValueError(
         f"'{target}' is neither a preset{nearest(target, PRESETS)} nor a directory; presets: {', '.join(PRESETS)}"
     )

@@ -10,7 +10,7 @@ import mlx.optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce
 
-from ..cpu import operations as kernels
+from ..cpu import operations
 from .recipe import TrainConfig
 
 
@@ -57,7 +57,7 @@ class AdamW(mlx.optimizers.Adam):
         finite they stay as they were, and the state too.
         """
         step = int(self.step.item()) + 1
-        norm = kernels.adamw(
+        norm = operations.adamw(
             weights, gradients, *self._averages, learning_rate=self.learning_rate.item(), beta1=self.betas[0],
             beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay, step=step, max_norm=max_norm,
         )  # fmt: skip
