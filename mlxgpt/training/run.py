@@ -307,9 +307,8 @@ def _open_data(config: TrainConfig, chosen: set[str], origin: Origin | None) -> 
     """
     if origin:
         origin.require_shape(config)
-    data = dataset.load(
-        config.data, config.tokenizer, "tokenizer" in chosen, *((origin.tokenizer, origin.path) if origin else ())
-    )
+    model_tokenizer, model = (origin.tokenizer, origin.path) if origin else (None, None)
+    data = dataset.load(config.data, config.tokenizer, "tokenizer" in chosen, model_tokenizer, model)
     shape, tokenizer = config.model, data.tokenizer
     if "vocab_size" not in chosen:
         shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)

@@ -143,7 +143,8 @@ def test_the_launchers_variables_choose_the_backend(tmp_path, monkeypatch, varia
 GROUP_SCRIPT = """
 import json, zlib
 import mlx.core as mx, numpy as np
-from mlxgpt.training import distributed, trainer as training
+from mlxgpt.training import distributed
+from mlxgpt.training.trainer import Trainer
 from mlxgpt.cpu import extension
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.training.recipe import TrainConfig
@@ -157,7 +158,7 @@ def run(group, batch_size, micro_batches):
     mx.random.seed(group.rank)
     model = GPT(shape)
     model.update(group.broadcast(model.parameters()))
-    trainer = training.Trainer(model, config, group)
+    trainer = Trainer(model, config, group)
     share = distributed.rank_windows(batch_size, micro_batches, group.rank, group.size)
     losses = []
     for step in range(5):
