@@ -15,13 +15,15 @@ from .recipe import TrainConfig
 
 
 class AdamW(mlx.optimizers.Adam):
-    """Adam with bias correction and decoupled weight decay of the parameters of two or more dimensions:
-    biases and layer norms are not decayed. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101."""
+    """Adam with bias correction and decoupled weight decay of the parameters of two or more dimensions.
+
+    Biases and layer norms are not decayed. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config.learning_rate, [config.beta1, config.beta2], bias_correction=True)
         self.weight_decay = config.weight_decay
-        self._own: list[mx.array] = []  # weights that own_weights made, and their averages
+        self._own: list[mx.array] = []  # the weights that own_weights made
         self._own_state: dict | None = None
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
@@ -30,10 +32,10 @@ class AdamW(mlx.optimizers.Adam):
         return super().apply_single(gradient, parameter, state)
 
     def update_if_finite(self, model: Any, gradients: dict[str, Any], loss: mx.array, max_norm: float) -> mx.array:
-        """update(), with gradients clipped first to max_norm (0 for none) -> their norm before, a scalar.
+        """Clips the gradients to max_norm (0 for none), and updates the model -> their norm before clipping, a scalar.
 
-        Where the norm or the loss is not finite the model and the state stay as they were, the state's step too, and
-        the scalar is not finite. Nothing is evaluated: which it is the graph itself decides.
+        Where the norm or the loss is not finite, the model and the optimizer's state (its step too) stay as they were,
+        and the scalar is not finite. Nothing is evaluated: the graph itself chooses.
         """
         if max_norm:
             gradients, norm = clip_grad_norm(gradients, max_norm)
@@ -51,10 +53,10 @@ class AdamW(mlx.optimizers.Adam):
         return norm
 
     def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
-        """On the CPU's kernels: update(), with gradients clipped first -> their norm before.
+        """Clips the gradients and updates the weights on the CPU's kernels -> the norm before clipping.
 
-        Arrays are in order of the model's parameters, and the weights those of own_weights(). Where the norm is not
-        finite they stay as they were, and the state too.
+        Arrays are in order of the model's parameters, and the weights are those of own_weights(). Where the norm is not
+        finite, weights and state stay as they were.
         """
         step = int(self.step.item()) + 1
         norm = operations.adamw(
@@ -66,10 +68,10 @@ class AdamW(mlx.optimizers.Adam):
         return norm
 
     def own_weights(self, model: Any) -> list[mx.array]:
-        """A model's parameters to be trained, in memory that nobody else holds, to be updated in place, and so the
-        averages.
+        """The parameters that are trained, in memory that nobody else holds, so that they can be updated in place.
 
-        They are copied the first time, and when somebody has put other arrays into the model or the state.
+        They and the averages are copied the first time, and whenever somebody has put other arrays into the model or
+        the state.
         """
         weights = list(model.trainable_weights().values())
         if self.state is not self._own_state or any(p is not own for p, own in zip(weights, self._own, strict=True)):
@@ -83,14 +85,16 @@ class AdamW(mlx.optimizers.Adam):
         return weights
 
     def averages(self, model: Any) -> dict[str, mx.array]:
-        """Of a model's gradients, by the names "m.wte.weight", and then of their squares, "v.wte.weight"; the arrays
-        themselves, which a step may update in place. Frozen parameters have none."""
+        """The averages of a model's gradients, "m.wte.weight" and so on, then of their squares, "v.wte.weight".
+
+        They are the arrays themselves, which a step may update in place. Frozen parameters have none.
+        """
         state: dict[str, Any] = dict(tree_flatten(self.state))  # type: ignore[arg-type]
         names = model.trainable_weights()
         return {f"{average}.{name}": state[f"{name}.{average}"] for average in "mv" for name in names}
 
     def restore(self, model: Any, step: int, averages: dict[str, mx.array]) -> None:
-        """Goes on from the averages, named as averages() does, after `step` steps."""
+        """Continues from averages, named as in averages(), after `step` steps."""
         names = model.trainable_weights()
         state = {f"{name}.{average}": averages[f"{average}.{name}"] for name in names for average in "mv"}
         state["step"] = mx.array(step, mx.uint64)
@@ -101,7 +105,7 @@ class AdamW(mlx.optimizers.Adam):
 
 
 def _own(tree: Any) -> None:
-    """Copies a tree's arrays, one after the other, so that no two trees are ever held."""
+    """Copies a tree's arrays in place, one after the other, so that two whole trees never exist at one time."""
     for key, value in enumerate(tree) if isinstance(tree, list) else list(tree.items()):
         if isinstance(value, mx.array):
             tree[key] = mx.array(np.array(value, copy=False))
@@ -110,7 +114,7 @@ def _own(tree: Any) -> None:
 
 
 def global_norm(gradients: Any) -> mx.array:
-    """The Euclidean norm of all of a tree's arrays together, a float32 scalar; not finite if an element is not.
+    """The Euclidean norm of all arrays of a tree together, a float32 scalar; not finite if an element is not.
 
     Elements are divided by the largest first, so that no square is too large for float32.
     """
@@ -120,9 +124,9 @@ def global_norm(gradients: Any) -> mx.array:
 
 
 def clip_grad_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
-    """A tree of gradients multiplied by min(1, max_norm / norm), and their norm before.
+    """A tree of gradients multiplied by min(1, max_norm / norm), and their norm before that.
 
-    Pascanu et al. 2013, https://arxiv.org/abs/1211.5063; PyTorch's and MLX's, which add the same 1e-6.
+    Pascanu et al. 2013, https://arxiv.org/abs/1211.5063; PyTorch and MLX add the same 1e-6 to the norm.
     """
     norm = global_norm(gradients)
     factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
@@ -130,7 +134,10 @@ def clip_grad_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step that follows `step` others: linear warm-up, then a cosine down to min_lr (nanoGPT's get_lr)."""
+    """The learning rate of the step that follows `step` others: linear warm-up, then a cosine down to min_lr.
+
+    nanoGPT's get_lr, which counts its steps from 0 as well.
+    """
     low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
     end = config.lr_decay_iters or config.max_iters
     if step < config.warmup_iters:

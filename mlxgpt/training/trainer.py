@@ -46,7 +46,7 @@ class Trainer:
         self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
         model.grad_checkpoint = config.grad_checkpoint
         self._dtype = getattr(mx, config.dtype)
-        self._in_place = extension.available(self._dtype)
+        self.in_place = extension.available(self._dtype)
         # On the kernels, kept from step to step: the gradients' memory, and the model over the arrays that it has.
         self._gradients: list[mx.array] = []
         self._on_kernels: OnKernels | None = None
@@ -55,7 +55,7 @@ class Trainer:
         gradient, update, evaluation = self._loss_and_gradient, self._update_if_finite, self._loss
         if compiled is None:
             compiled = config.compile and mx.default_device().type == mx.gpu
-        if compiled and not self._in_place:
+        if compiled and not self.in_place:
             state = [model.state, self.optimizer.state]
             gradient = mx.compile(gradient, [model.state, mx.random.state], [mx.random.state])
             update = mx.compile(update, state, state)
@@ -72,7 +72,7 @@ class Trainer:
             self.model.train()
         self.optimizer.learning_rate = learning_rate(self.config, self.steps)
         self.steps += 1
-        if self._in_place:
+        if self.in_place:
             return self._step_in_place(batches, before_update)
         loss, gradients = self._gradient_of(0, batches[0])
         for n, batch in enumerate(batches[1:], 1):
@@ -94,7 +94,7 @@ class Trainer:
         return self.group.sum(sum(map(self._loss_without_gradient, mine)))[0] / len(batches)
 
     def _loss_without_gradient(self, batch: Batch) -> float:
-        if self._in_place:
+        if self.in_place:
             return float(ops.without_gradient(self.model, GPT.loss, *batch))
         return float(self._evaluation(*map(mx.array, batch)))
 
