@@ -60,7 +60,7 @@ class ConvertConfig:
 
 def main(args: Sequence[str]) -> None:
     """Runs the converter. cli.UsageError, ValueError and OSError in one line."""
-    config = cli.parse(ConvertConfig, args, "convert_weights")
+    config = cli.parse(ConvertConfig, args, "mlxgpt.convert")
     source, destination = Path(config.source).expanduser(), Path(config.destination).expanduser()
     _require_replaceable(destination, config)
     meta = Path(config.meta).expanduser() if config.meta else None
@@ -158,4 +158,4 @@ def _summary(model: ForeignModel, config: ConvertConfig, seconds: float) -> None
 
 
 if __name__ == "__main__":
-    cli.run("convert_weights", main)
+    cli.run("mlxgpt.convert", main)
