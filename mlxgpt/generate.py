@@ -1,4 +1,4 @@
-"""python -m mlxgpt.generate: samples text from a model directory. Called as a function, mlxgpt.generate(...)."""
+"""python -m mlxgpt.generate: samples text from a model directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,9 @@ from .common import cli
 from .common.console import peak_memory
 from .common.settings import require, require_at_least, require_seed
 from .data.tokenizer import Tokenizer
-from .generation.samples import Batch, Piece, Sample, generate, load, load_named, start, stream
+from .generation.samples import Batch, Sample, load, load_named, start
 from .generation.sampling import Sampler
 from .model.gpt import GPT
-
-__all__ = ["Piece", "Sample", "generate", "load", "main", "stream"]
 
 PROG = "mlxgpt.generate"
 
@@ -325,15 +322,6 @@ def _process_start() -> float:
             return time.perf_counter() - age
     return _imported
 
-
-class _Callable(types.ModuleType):
-    """mlxgpt.generate is this module, once it is imported, and the function `generate` as well."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     cli.run(PROG, main)

@@ -1,7 +1,7 @@
-"""Text from a model, in Python: mlxgpt.load, mlxgpt.generate and mlxgpt.stream.
+"""Text from a model, in Python: mlxgpt.load, mlxgpt.sample and mlxgpt.stream.
 
 model, tokenizer = mlxgpt.load("runs/cpu")
-print(mlxgpt.generate(model, tokenizer, "def main(", temperature=0))
+print(mlxgpt.sample(model, tokenizer, "def main(", temperature=0))
 for piece in mlxgpt.stream(model, tokenizer, "def main(", top_k=40):
     print(piece.text, end="", flush=True)
 """
@@ -66,10 +66,10 @@ def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "gpu"] = "
 
 
 @overload
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Sample: ...
+def sample(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Sample: ...
 @overload
-def generate(model: GPT, tokenizer: Tokenizer, prompt: Sequence[str], **settings: Any) -> list[Sample]: ...
-def generate(
+def sample(model: GPT, tokenizer: Tokenizer, prompt: Sequence[str], **settings: Any) -> list[Sample]: ...
+def sample(
     model: GPT,
     tokenizer: Tokenizer,
     prompt: str | Sequence[str],
@@ -116,7 +116,7 @@ def stream(
     logprobs: bool = False,
     **settings: Any,
 ) -> Iterator[Piece]:
-    """As `generate` of one prompt, a Piece for each token as it comes. Their texts joined are the Sample's."""
+    """As `sample` of one prompt, a Piece for each token as it comes. Their texts joined are the Sample's."""
     batch = Batch(
         model, tokenizer, [start(model, tokenizer, prompt, on_full)], Sampler(**settings),
         max_new_tokens=max_new_tokens, stop=stop, on_full=on_full, draft=draft, n_draft=n_draft, logprobs=logprobs,
