@@ -36,7 +36,7 @@ class Decoder:
 
     Each sequence gets the tokens that it would get alone: sequence n's draws are those of seed + n. vocab_size > 0
     keeps ids below it, for the model's vocabulary may be padded. on_full is "slide" or "stop". With a draft, a
-    smaller model with the same vocabulary, n_draft tokens at a time are proposed by it and checked by the model
+    smaller model with the same vocabulary, draft_tokens tokens at a time are proposed by it and checked by the model
     at once (for one sequence): the same tokens if they are greedy, the same distribution if they are drawn.
     Leviathan et al. 2022, https://arxiv.org/abs/2211.17192.
 
@@ -55,7 +55,7 @@ class Decoder:
         on_full: str = "slide",
         logprobs: bool = False,
         draft: GPT | None = None,
-        n_draft: int = 4,
+        draft_tokens: int = 4,
     ) -> None:
         size, V = model.config.block_size, model.config.vocab_size
         if on_full not in ("slide", "stop"):
@@ -67,8 +67,10 @@ class Decoder:
             raise ValueError(f"prompt: {longest} tokens, at most block_size = {size} unless the window slides")
         if draft and draft.config.vocab_size != V:
             raise ValueError(f"draft: its vocab_size is {draft.config.vocab_size}, the model's {V}")
-        if draft and (len(prompts) != 1 or n_draft < 1):
-            raise ValueError(f"draft: {len(prompts)} prompts and n_draft = {n_draft}, expected one and at least 1")
+        if draft and (len(prompts) != 1 or draft_tokens < 1):
+            raise ValueError(
+                f"draft: {len(prompts)} prompts and draft_tokens = {draft_tokens}, expected one and at least 1"
+            )
         ids: list[list[int]] = [np.asarray(prompt).tolist() for prompt in prompts]
         for wrong in (t for prompt in ids for t in prompt if not 0 <= t < V):
             raise ValueError(f"prompt: it holds id {wrong}, expected 0 <= id < vocab_size = {V}")
@@ -78,7 +80,7 @@ class Decoder:
         rows = _Rows(model, ids, sampler, vocab_size or V, on_full == "slide", logprobs)
         # The generator belongs to what it refers to by no way back: else all arrays would wait for Python to look
         # for cycles when a Decoder is left before its end.
-        self._rows, self._steps = rows, rows.speculate(draft, n_draft) if draft else rows.decode()
+        self._rows, self._steps = rows, rows.speculate(draft, draft_tokens) if draft else rows.decode()
         self.full = rows.full  # (B,) bool: sequences that ended because the model's positions are taken
 
     def __iter__(self) -> Iterator[Step]:
@@ -181,12 +183,12 @@ class _Rows:
 
     # ---- with a draft ----
 
-    def speculate(self, draft: GPT, n_draft: int) -> Iterator[Step]:
+    def speculate(self, draft: GPT, draft_tokens: int) -> Iterator[Step]:
         (text,), target, proposer = self._texts, _Reader(self._model), _Reader(draft)
         drafted = _Text(text.tokens, draft.config.block_size)
         begun = False  # after the beginning and after a slide, all of the window is read as it is without a draft
         while not self.ended.all():
-            room = min(n_draft, text.size - len(text.window), drafted.size // 2 - 1) if begun else 0
+            room = min(draft_tokens, text.size - len(text.window), drafted.size // 2 - 1) if begun else 0
             drafted.tokens = list(text.tokens)
             likely: list[np.ndarray] = []  # what each proposal was drawn from, (V,)
             proposed: list[int] = []

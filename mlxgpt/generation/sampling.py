@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..common.settings import require, require_seed
+
 Array = TypeVar("Array", mx.array, np.ndarray)
 
 _BLOCK = 256  # V / 256 blocks and then 256 tokens are cumulated, in place of V tokens
@@ -173,18 +175,13 @@ def uniforms(seed: int, B: int) -> Iterator[np.ndarray]:
         yield np.array([row() for row in rows])
 
 
-def _require(rule: bool, name: str, value: object, text: str) -> None:
-    if not rule:
-        raise ValueError(f"{name} is {value}, expected {text}")
-
-
 @dataclass(frozen=True)
 class Sampler:
     """How the next token is chosen. In transformers' order: logit_bias, repetition_penalty, temperature, top_k,
     top_p, min_p, each of what the ones before it left; then a draw. ValueError for a setting out of its range."""
 
     temperature: float = 0.8
-    """divides the logits; 0 (or less than 1e-5) takes the most likely token"""
+    """divides the logits; 0 takes the most likely token"""
     top_k: int = 0
     """sample among the k most likely tokens; 0 among all"""
     top_p: float = 1.0
@@ -194,22 +191,22 @@ class Sampler:
     repetition_penalty: float = 1.0
     """above 1, tokens of the text so far become less likely"""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """numbers added to the logits of some ids; -inf forbids one"""
+    """numbers added to the logits of some ids, on the command line as ID:BIAS,ID:BIAS; -inf forbids one"""
     seed: int = 1337
-    """same seed, same tokens"""
+    """same seed, same text"""
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
-        _require(self.temperature < math.inf, "temperature", self.temperature, "a finite number")
-        _require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        require(self.temperature < math.inf, "temperature", self.temperature, "a finite number")
+        require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 <= min_p <= 1")
         penalty = self.repetition_penalty
-        _require(0 < penalty < math.inf, "repetition_penalty", penalty, "a finite number above 0")
+        require(0 < penalty < math.inf, "repetition_penalty", penalty, "a finite number above 0")
         for token, bias in self.logit_bias.items():
-            _require(token >= 0, "logit_bias: id", token, "at least 0")
-            _require(bias < math.inf, f"logit_bias: {token}'s", bias, "a finite number, or -inf")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+            require(token >= 0, "logit_bias: id", token, "at least 0")
+            require(bias < math.inf, f"logit_bias: {token}'s", bias, "a finite number, or -inf")
+        require_seed(self.seed)
 
     @property
     def greedy(self) -> bool:

@@ -238,11 +238,11 @@ def test_ids_of_the_padding_are_never_drawn(backend):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("n_draft", [1, 4, 20])
-def test_a_draft_changes_nothing_in_greedy_decoding(backend, prompt, n_draft):
+@pytest.mark.parametrize("draft_tokens", [1, 4, 20])
+def test_a_draft_changes_nothing_in_greedy_decoding(backend, prompt, draft_tokens):
     model = random_model()
     for draft in (model, random_model(1, 16), random_model(1, 16, block_size=7)):
-        steps = Decoder(model, [prompt], GREEDY, draft=draft, n_draft=n_draft)
+        steps = Decoder(model, [prompt], GREEDY, draft=draft, draft_tokens=draft_tokens)
         assert [t for (t,) in tokens(steps, 60)] == uncached(model, prompt, 60)
     stopped = [step.tokens[0] for step in Decoder(model, [prompt[:T]], GREEDY, draft=draft, on_full="stop")]
     assert stopped == uncached(model, prompt[:T], 99, slides=False)
@@ -258,7 +258,7 @@ def test_a_good_draft_saves_steps_of_the_model(monkeypatch):
 
     monkeypatch.setattr(ops, "repeated", counting)
     draft = random_model()  # the same weights
-    tokens(Decoder(model, [[1]], GREEDY, draft=draft, n_draft=4), 20)
+    tokens(Decoder(model, [[1]], GREEDY, draft=draft, draft_tokens=4), 20)
     assert sum(of is model for of in calls) <= 5
 
 
@@ -278,7 +278,7 @@ def test_drawing_with_a_draft_keeps_the_distribution():
     n = 1500
     found = Counter()
     for seed in range(n):
-        steps = Decoder(model, [[1, 2]], Sampler(**settings, seed=seed), draft=draft, n_draft=2)
+        steps = Decoder(model, [[1, 2]], Sampler(**settings, seed=seed), draft=draft, draft_tokens=2)
         found[tuple(t for (t,) in tokens(steps, 3))] += 1
     assert all(probabilities[text] > 0 for text in found)
     expected = {text: n * p for text, p in probabilities.items() if n * p >= 5}
@@ -300,8 +300,8 @@ def test_drawing_with_a_draft_keeps_the_distribution():
         (dict(sampler=Sampler(logit_bias={40: 1.0}), vocab_size=40), "logit_bias: id 40, expected 0 to 39"),
         (dict(on_full="crash"), "on_full is 'crash', expected 'slide' or 'stop'"),
         (dict(draft=random_model(vocab_size=51)), "draft: its vocab_size is 51, the model's 50"),
-        (dict(draft=random_model(), prompts=[[1], [2]]), "draft: 2 prompts and n_draft = 4, expected one"),
-        (dict(draft=random_model(), n_draft=0), "draft: 1 prompts and n_draft = 0"),
+        (dict(draft=random_model(), prompts=[[1], [2]]), "draft: 2 prompts and draft_tokens = 4, expected one"),
+        (dict(draft=random_model(), draft_tokens=0), "draft: 1 prompts and draft_tokens = 0"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(arguments, message):

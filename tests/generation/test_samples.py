@@ -165,8 +165,13 @@ def test_rules_name_the_value(loaded, settings, message):
             function(*loaded, "a", **settings)
     with pytest.raises(ValueError, match="prompt: character 'é' at position 0"):
         mlxgpt.sample(*loaded, "é")
-    with pytest.raises(TypeError, match="temprature"):
-        mlxgpt.sample(*loaded, "a", temprature=1)
+
+
+def test_an_unknown_option_is_named_with_the_nearest(loaded):
+    for function in (mlxgpt.sample, mlxgpt.stream):
+        for name, hint in (("temprature", "temperature"), ("max_tokens", "max_new_tokens"), ("stopp", "stop")):
+            with pytest.raises(TypeError, match=rf"unknown option '{name}' \(did you mean '{hint}'\?\)"):
+                function(*loaded, "a", **{name: 1})
 
 
 @pytest.mark.parametrize(
