@@ -98,7 +98,7 @@ def test_of_equals_the_nucleus_takes_the_lower_ids(make):
 def test_repetition_penalty_and_bias(make):
     x, seen = np.array([[2, -2, 1, -np.inf]], np.float32), np.array([[True, True, False, True]])
     given = make(x)
-    out = np.array(sampling.repetition_penalty(given, make(seen), 2.0))
+    out = np.array(sampling.repetition_penalty(given, 2.0, make(seen)))
     np.testing.assert_array_equal(out, [[1, -4, 1, -np.inf]])
     out = np.array(sampling.logit_bias(given, {0: -1.5, 2: -math.inf}))
     np.testing.assert_array_equal(out, [[0.5, -2, -np.inf, -np.inf]])
@@ -126,7 +126,9 @@ def test_the_whole_order_is_transformers(make):
     expected, ids = torch.tensor(x), torch.tensor(seen_ids)
     for process in chain:
         expected = process(ids, expected)
-    sampler = Sampler(0.7, 40, 0.9, 0.02, 1.3, {3: 5.0, 9: -4.0})
+    sampler = Sampler(
+        temperature=0.7, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3, logit_bias={3: 5.0, 9: -4.0}
+    )
     out = np.array(sampler.process(make(x), make(seen)))
     assert 40 < np.isfinite(out).sum() < 160  # the later ones cut too
     np.testing.assert_allclose(out, expected.numpy(), rtol=1e-6)
@@ -136,7 +138,14 @@ def test_the_whole_order_is_transformers(make):
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-@pytest.mark.parametrize("sampler", [Sampler(1.0), Sampler(0.7, top_k=4), Sampler(1.5, top_p=0.8, min_p=0.05)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(temperature=1.0),
+        Sampler(temperature=0.7, top_k=4),
+        Sampler(temperature=1.5, top_p=0.8, min_p=0.05),
+    ],
+)
 def test_draws_have_the_probabilities(make, sampler):
     """Chi-square of 20,000 draws: one beyond the 0.999999 quantile would be a fault, and the seed is fixed."""
     x = logits_of(1, 8, 5)
@@ -185,14 +194,14 @@ def test_no_draw_is_outside_or_of_probability_0(make, V):
 def test_a_row_of_one_possible_token(make):
     x = np.full((2, 600), -np.inf, np.float32)
     x[0, 599], x[1, 0] = 3, -1e30
-    for sampler in (Sampler(0), Sampler(), Sampler(1, 5, 0.5, 0.5)):
+    for sampler in (Sampler(temperature=0), Sampler(), Sampler(temperature=1, top_k=5, top_p=0.5, min_p=0.5)):
         assert np.array(sampler(make(x), None, np.array([0.9, 0.1]))).tolist() == [599, 0]
 
 
 @pytest.mark.parametrize("make", ARRAYS)
 def test_settings_that_change_nothing(make):
     x = logits_of(2, 50, 1)
-    neutral = Sampler(1, top_k=50, top_p=1, min_p=0, repetition_penalty=1)
+    neutral = Sampler(temperature=1, top_k=50, top_p=1, min_p=0, repetition_penalty=1)
     np.testing.assert_array_equal(np.array(neutral.process(make(x))), x)
     np.testing.assert_array_equal(np.array(sampling.top_k(make(x), 1000)), x)
 
@@ -200,17 +209,20 @@ def test_settings_that_change_nothing(make):
 @pytest.mark.parametrize("make", ARRAYS)
 def test_greedy_takes_the_lowest_of_the_largest(make):
     x = np.array([[1, 3, 3, 0], [5, -np.inf, 2, 5]], np.float32)
-    for sampler in (Sampler(0), Sampler(1e-6)):
+    for sampler in (Sampler(temperature=0), Sampler(temperature=1e-6)):
         assert sampler.greedy
         tokens = sampler(make(x))
         assert np.array(tokens).tolist() == [1, 0]
         assert np.array(tokens).dtype == np.int32
         np.testing.assert_array_equal(np.array(sampler.probabilities(make(x))), [[0, 1, 0, 0], [1, 0, 0, 0]])
-    assert np.array(Sampler(0, logit_bias={3: 9.0})(make(x))).tolist() == [3, 3]
+    assert np.array(Sampler(temperature=0, logit_bias={3: 9.0})(make(x))).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-@pytest.mark.parametrize("sampler", [Sampler(0), Sampler(), Sampler(1, 2, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(temperature=0), Sampler(), Sampler(temperature=1, top_k=2, top_p=0.5, min_p=0.5)],
+)
 @pytest.mark.parametrize(("bad", "value"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_logits_that_are_no_numbers_are_refused(make, sampler, bad, value):
     x = logits_of(2, 300, 0)
@@ -233,7 +245,7 @@ def test_forbidding_every_token_is_refused():
 @pytest.mark.parametrize("make", ARRAYS)
 def test_rows_do_not_know_of_each_other(make):
     x, u = logits_of(5, 700, 4), next(sampling.uniforms(3, 5))
-    sampler = Sampler(1.2, 100, 0.95, 0.001)
+    sampler = Sampler(temperature=1.2, top_k=100, top_p=0.95, min_p=0.001)
     together = np.array(sampler(make(x), None, u))
     alone = [int(np.array(sampler(make(x[n : n + 1]), None, u[n : n + 1]))[0]) for n in range(5)]
     assert together.tolist() == alone
@@ -241,7 +253,7 @@ def test_rows_do_not_know_of_each_other(make):
 
 def test_numpy_and_mlx_draw_alike():
     x, u = logits_of(50, 400, 8), next(sampling.uniforms(5, 50))
-    sampler = Sampler(0.9, 60, 0.9)
+    sampler = Sampler(temperature=0.9, top_k=60, top_p=0.9)
     assert sampler(x, None, u).tolist() == sampler(mx.array(x), None, u).tolist()
 
 
@@ -287,6 +299,6 @@ def test_rules_name_the_value(settings, message):
 def test_what_a_sampler_needs_is_asked_for():
     x = np.zeros((1, 3), np.float32)
     with pytest.raises(ValueError, match="the ids seen are not given"):
-        Sampler(0, repetition_penalty=1.1)(x)
+        Sampler(temperature=0, repetition_penalty=1.1)(x)
     with pytest.raises(ValueError, match="no random numbers are given"):
-        Sampler(1)(x)
+        Sampler(temperature=1)(x)
