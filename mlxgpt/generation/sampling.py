@@ -128,6 +128,32 @@ def min_p(logits: Array, p: float) -> Array:
     return np.where(logits < logits.max(axis=-1, keepdims=True) + math.log(p), -np.inf, logits)
 
 
+def typical_p(logits: Array, mass: float) -> Array:
+    """Keeps the tokens whose information content -log p is closest to its mean, the entropy of p = softmax(logits):
+    the fewest whose probabilities sum to `mass` or more. Of equally close tokens lower ids come first. 1 keeps all.
+
+    Locally typical sampling, Meister et al. 2022, https://arxiv.org/abs/2202.00666.
+    """
+    if mass >= 1:
+        return logits
+    xp: Any = mx if isinstance(logits, mx.array) else np
+    exact: Any = logits if isinstance(logits, mx.array) else logits.astype(np.float64)
+    shifted = exact - exact.max(axis=-1, keepdims=True)
+    information = xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True)) - shifted  # (B, V), in nats
+    probability = xp.exp(-information)
+    entropy = (probability * xp.where(probability > 0, information, 0)).sum(axis=-1, keepdims=True)  # (B, 1)
+    distance = xp.abs(information - entropy)
+    order = xp.argsort(distance, axis=-1)
+    sums = xp.cumsum(xp.take_along_axis(probability, order, axis=-1), axis=-1)
+    last = xp.minimum((sums < mass).sum(axis=-1, keepdims=True), logits.shape[-1] - 1)  # (B, 1), index of a sum >= mass
+    largest = xp.take_along_axis(distance, xp.take_along_axis(order, last, axis=-1), axis=-1)
+    closer, equal = distance < largest, distance == largest
+    before = xp.where(closer, probability, 0).sum(axis=-1, keepdims=True)
+    of_equal = xp.where(equal, probability, 0)
+    needed = before + xp.cumsum(of_equal, axis=-1) - of_equal < mass  # what is kept so far does not reach the mass
+    return xp.where(closer | (equal & needed), logits, -xp.inf)
+
+
 def _within(rule: Callable[[Any], bool], expected: str) -> Check:
     """The check that a rule holds for a setting's value."""
     return lambda name, value: require(rule(value), name, value, expected)
@@ -172,6 +198,9 @@ class Sampler:
     """sample among the fewest tokens whose probabilities sum to this"""
     min_p: float = _setting(min_p, 0.0, _within(lambda p: 0 <= p <= 1, "0 <= min_p <= 1"))
     """sample among tokens of at least this times the most likely one's probability"""
+    typical_p: float = _setting(typical_p, 1.0, _within(lambda p: 0 < p <= 1, "0 < typical_p <= 1"))
+    """sample among the tokens whose information content is closest to the entropy, the fewest whose probabilities sum
+    to this"""
 
     seed: int = 1337
     """same seed, same text"""
