@@ -37,14 +37,13 @@ if not _may_list_verbs():
     load_mlx(is_command=sys.argv[0] == "-m")  # python -m mlxgpt.VERB
 
 if TYPE_CHECKING:
-    from .generation.samples import generate, load, stream
+    from .generation.samples import load, sample, stream
 
-__all__ = ["generate", "load", "stream"]
+__all__ = ["load", "sample", "stream"]
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, imported when it is asked for."""
+    """The Python interface, imported when a name of it is first used: `import mlxgpt` alone takes no time."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(".generate", __name__)
-    return module if name == "generate" else getattr(module, name)  # the module is callable, as the function
+    return getattr(importlib.import_module(".generation.samples", __name__), name)

@@ -1,37 +1,33 @@
-"""python -m mlxgpt.generate: samples text from a model directory. Called as a function, mlxgpt.generate(...)."""
+"""python -m mlxgpt.generate: samples text from a model directory."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import sys
 import time
-import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import tyro
 
 from .common import cli
-from .common.console import peak_memory
-from .common.settings import require, require_at_least, require_seed
+from .common.console import peak_memory, progress
+from .common.settings import require, require_at_least
 from .data.tokenizer import Tokenizer
-from .generation.samples import Batch, Piece, Sample, generate, load, load_named, start, stream
-from .generation.sampling import Sampler
+from .generation.samples import Sample, SampleBatch, SampleOptions, empty_sample, load, load_named
 from .model.gpt import GPT
-
-__all__ = ["Piece", "Sample", "generate", "load", "main", "stream"]
 
 PROG = "mlxgpt.generate"
 
 _imported = time.perf_counter()
 
 
+@tyro.conf.configure(tyro.conf.UseAppendAction)  # --stop may be given several times
 @dataclass(frozen=True)
 class SampleConfig:
     """Sample text from a model directory."""
@@ -39,7 +35,7 @@ class SampleConfig:
     model: str
     """the model directory that training or the converter wrote"""
     prompt: str = ""
-    """the text to go on from, or - to read it from standard input; empty starts from the end-of-text token, or a
+    """the text to continue, or - to read it from standard input; empty starts from the end-of-text token, or a
     line break for characters"""
     prompts: str = ""
     """a file of prompts, one a line, or - for standard input"""
@@ -47,91 +43,60 @@ class SampleConfig:
     """how many samples to draw of each prompt"""
     batch_size: int = 8
     """prompts of a file that are computed together"""
-    max_new_tokens: int = 500
-    """tokens to generate per sample"""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """a text that ends a sample and is left out of it, with escapes as in \\n and \\t; may be given several times"""
-
-    temperature: float = 0.8
-    """divides the logits; 0 takes the most likely token"""
-    top_k: int = 0
-    """sample among the k most likely tokens; 0 among all"""
-    top_p: float = 1.0
-    """sample among the fewest tokens whose probabilities sum to this"""
-    min_p: float = 0.0
-    """sample among tokens of at least this times the most likely one's probability"""
-    repetition_penalty: float = 1.0
-    """above 1, tokens of the text so far become less likely"""
-    logit_bias: str = ""
-    """ID:BIAS,ID:BIAS: numbers added to the logits of some ids; -inf forbids one"""
-    seed: int = 1337
-    """same seed, same text"""
-
-    on_full: Literal["slide", "stop"] = "slide"
-    """when all of the model's positions are taken: slide drops the oldest half of what it sees and reads the rest
-    again, stop ends the sample"""
     draft: str = ""
     """a smaller model directory of the same vocabulary, which proposes tokens that the model checks together"""
-    draft_tokens: int = 4
-    """tokens that the draft proposes at a time"""
 
     json: bool = False
     """print one JSON object per sample and line"""
-    logprobs: bool = False
-    """give each token's log-probability by the model, before temperature and the like"""
     verbose: bool = False
     """end with times, speed and memory on standard error"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes the GPU where MLX has one"""
 
+    sampling: SampleOptions = field(default_factory=SampleOptions)
+
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_samples", "batch_size", "max_new_tokens", "draft_tokens")
+        require_at_least(1, self, "num_samples", "batch_size")
         require(not (self.prompt and self.prompts), "prompts", repr(self.prompts), "none beside a prompt")
-        require_seed(self.seed)
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(SampleConfig, args, PROG)
+    with _FLAG_TYPES:
+        config = cli.parse(SampleConfig, args, PROG)
     try:
-        sampler = Sampler(
-            config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty,
-            _biases(config.logit_bias), config.seed,
-        )  # fmt: skip
-        stop = [_unescaped(text) for text in config.stop]
+        stop = tuple(_unescaped(text) for text in config.sampling.stop)
     except ValueError as error:
         raise cli.UsageError(str(error)) from None
+    options = replace(config.sampling, stop=stop)
     prompts = _prompts(config)
     model, tokenizer = load(config.model, config.device)
     draft = _draft(config, tokenizer)
     samples = [
-        start(model, tokenizer, prompt, config.on_full, name)
+        empty_sample(model, tokenizer, prompt, options, name)
         for name, prompt in prompts.items()
         for _ in range(config.num_samples)
     ]
-    _say_what_is_cut(samples[:: config.num_samples], prompts, model)
+    _warn_of_cropped_prompts(samples[:: config.num_samples], prompts, model)
     output, times = _Output(config, tokenizer, len(samples)), _Times()
     rows = config.batch_size * config.num_samples if config.prompts else len(samples)
-    rows = 1 if draft else rows  # it is checked for one sequence at a time
-    done = True
+    rows = 1 if draft else rows  # a draft is checked for one sequence at a time
+    interrupted = False
     for at in range(0, len(samples), rows):
-        batch = Batch(
-            model, tokenizer, samples[at : at + rows], dataclasses.replace(sampler, seed=config.seed + at),
-            max_new_tokens=config.max_new_tokens, stop=stop, on_full=config.on_full, draft=draft,
-            n_draft=config.draft_tokens, logprobs=config.logprobs,
-        )  # fmt: skip
+        sampler = replace(options.sampler, seed=options.sampler.seed + at)  # each sample has a seed of its own
+        batch = SampleBatch(model, tokenizer, samples[at : at + rows], replace(options, sampler=sampler), draft)
         try:
             output.follow(batch)
         except KeyboardInterrupt:
             batch.interrupt()
-            done = False
+            interrupted = True
         times.add(batch)
         output.show(batch)
-        if not done:
+        if interrupted:
             break
     if config.verbose:
         times.show()
-    if not done:
-        sys.exit(130)  # as a shell says it of Ctrl-C
+    if interrupted:
+        sys.exit(130)  # the status by which a shell tells Ctrl-C
 
 
 def _prompts(config: SampleConfig) -> dict[str, str]:
@@ -167,6 +132,23 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
     return [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
 
 
+_FLAG_TYPES = tyro.constructors.ConstructorRegistry()
+
+
+@_FLAG_TYPES.primitive_rule
+def _logit_bias_flag(flag: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Lets a mapping be given as one word, ID:BIAS,ID:BIAS."""
+    if get_origin(flag.type) is not Mapping:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="ID:BIAS,ID:BIAS",
+        instance_from_str=lambda words: _biases(words[0]),
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda biases: [",".join(f"{token}:{bias}" for token, bias in biases.items())],
+    )
+
+
 def _biases(text: str) -> dict[int, float]:
     """ID:BIAS,ID:BIAS as a dictionary."""
     biases = {}
@@ -175,7 +157,7 @@ def _biases(text: str) -> dict[int, float]:
         try:
             biases[int(token)] = float(bias)
         except ValueError:
-            raise ValueError(f"logit_bias is {text!r}, expected ID:BIAS,ID:BIAS") from None
+            raise cli.UsageError(f"logit_bias is {text!r}, expected ID:BIAS,ID:BIAS") from None
     return biases
 
 
@@ -201,7 +183,7 @@ def _unescaped(text: str) -> str:
         raise ValueError(f"stop is {text!r}, expected UTF-8") from None
 
 
-def _say_what_is_cut(samples: Sequence[Sample], names: Iterable[str], model: GPT) -> None:
+def _warn_of_cropped_prompts(samples: Sequence[Sample], names: Iterable[str], model: GPT) -> None:
     size = model.config.block_size
     for sample, name in zip(samples, names, strict=True):
         if (length := len(sample.prompt_tokens)) > size:
@@ -217,7 +199,7 @@ class _Output:
         self._shown = 0  # samples
         self._written = 0  # characters of the sample that is shown as it comes
 
-    def follow(self, batch: Batch) -> None:
+    def follow(self, batch: SampleBatch) -> None:
         """Runs a batch to its end."""
         if self._as_it_comes and not self._shown:
             sys.stdout.write(batch.samples[0].prompt)
@@ -229,12 +211,12 @@ class _Output:
                     sys.stdout.flush()
         else:
             last = self._shown + len(batch.samples)
-            with _progress(f"sample {last} of {self._n_samples}", self._config.max_new_tokens) as advance:
+            with progress(f"sample {last} of {self._n_samples}", self._config.sampling.max_new_tokens) as advance:
                 for row, _ in batch:
                     if row == 0:
-                        advance()
+                        advance(1)
 
-    def show(self, batch: Batch) -> None:
+    def show(self, batch: SampleBatch) -> None:
         """Prints a batch that has ended, as far as it isn't printed yet."""
         for sample in batch.samples:
             if self._config.json:
@@ -249,15 +231,15 @@ class _Output:
             self._shown += 1
         sys.stdout.flush()
 
-    def _record(self, batch: Batch, sample: Sample) -> dict[str, Any]:
+    def _record(self, batch: SampleBatch, sample: Sample) -> dict[str, Any]:
         record: dict[str, Any] = {"prompt": sample.prompt, "text": sample.text, "tokens": sample.tokens}
         if sample.logprobs is not None:
             record["logprobs"] = sample.logprobs
         record["finish"] = sample.finish
         if self._config.verbose:
             record["prompt_tokens"] = len(sample.prompt_tokens)
-            record["seconds_to_first_token"] = batch.first - batch.began
-            record["seconds"] = batch.last - batch.began  # of the whole batch
+            record["seconds_to_first_token"] = batch.first_token_at - batch.started_at
+            record["seconds"] = batch.last_token_at - batch.started_at  # of the whole batch
         return record
 
     def _name(self, token: int) -> str:
@@ -269,24 +251,6 @@ class _Output:
             return repr(content)
 
 
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error while it is a terminal. Gives what moves it on by one."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    import rich.progress
-    from rich.console import Console
-
-    # standard output is not rich's to redirect: it may be a file
-    bar = rich.progress.Progress(
-        console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    )
-    with bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
-
-
 class _Times:
     """What --verbose says at the end, of all batches."""
 
@@ -296,13 +260,13 @@ class _Times:
         self._seconds = 0.0  # of tokens after the first of each row, and how many they are
         self._after_first = 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: SampleBatch) -> None:
         self._prompt_tokens += sum(len(sample.prompt_tokens) for sample in batch.samples)
-        if self._to_first is None and batch.first > batch.began:
-            self._to_first = batch.first - _process_start(), batch.first - batch.began
+        if self._to_first is None and batch.first_token_at > batch.started_at:
+            self._to_first = batch.first_token_at - _process_start(), batch.first_token_at - batch.started_at
         self._tokens += sum(len(sample.tokens) for sample in batch.samples)
         self._after_first += sum(max(len(sample.tokens) - 1, 0) for sample in batch.samples)
-        self._seconds += batch.last - batch.first
+        self._seconds += batch.last_token_at - batch.first_token_at
 
     def show(self) -> None:
         from_start, from_prompt = self._to_first or (float("nan"), float("nan"))
@@ -325,15 +289,6 @@ def _process_start() -> float:
             return time.perf_counter() - age
     return _imported
 
-
-class _Callable(types.ModuleType):
-    """mlxgpt.generate is this module, once it is imported, and the function `generate` as well."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     cli.run(PROG, main)

@@ -94,7 +94,7 @@ def _one_line(box: str) -> str:
     rows = (row.strip(" │") for row in box.splitlines() if not row.startswith(("╭", "╰")))
     parts = re.split(r"\n[─-]{10,}", "\n".join(rows))
     text = (parts[0] if "╭" in box else parts[1]).split("For full helptext")[0]
-    return re.sub(r"^Error parsing \w+: ", "", re.sub(r"\s+", " ", text).strip())
+    return re.sub(r"^Error parsing [\w.]+: ", "", re.sub(r"\s+", " ", text).strip())
 
 
 def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:

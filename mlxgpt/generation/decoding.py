@@ -1,7 +1,7 @@
 """Tokens one after another: prompts are read into a key/value cache, and each token then costs one position.
 
-When all of a model's positions are taken, the window slides (the oldest half of what the model sees is dropped, and
-the rest read again from position 0, since GPT-2's positions are learned and can't be moved), or the sequence ends.
+When all of a model's positions are taken, either the sequence ends or the window slides: the oldest half of what the
+model sees is dropped, and the rest is recomputed from position 0, because GPT-2's position embeddings are absolute.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ..model.gpt import GPT
 from . import sampling
 from .sampling import Sampler
 
-_CHUNK = 512  # positions of a prompt at once: bounds the memory of activations, and of scores on a GPU
-_FEW = 16  # positions that are read by a repeated step, which has no cost per call but is made for one length
+PREFILL_CHUNK = 512  # positions of a prompt computed at once: bounds the memory of activations and attention scores
+_REPEATED_STEP_MAX = 16  # more positions than this are prefilled: a repeated step has to be built for each length
 
 
 @dataclass
 class Step:
-    """What comes out for the next position of each of B sequences."""
+    """The next token of each of B sequences."""
 
     tokens: np.ndarray  # (B,) int32; -1 for a sequence that has ended
-    logprobs: np.ndarray | None  # (B,) float32: the model's own log-probability of each, at temperature 1, nothing cut
+    logprobs: np.ndarray | None  # (B,) float32: the model's log-probability of each token, before any sampler
 
 
 class Decoder:
     """The tokens that follow some prompts: an iterator of Steps, until all sequences have ended.
 
-    Each sequence gets the tokens that it would get alone: sequence n's draws are those of seed + n. vocab_size > 0
-    keeps ids below it, for the model's vocabulary may be padded. on_full is "slide" or "stop". With a draft, a
-    smaller model with the same vocabulary, n_draft tokens at a time are proposed by it and checked by the model
-    at once (for one sequence): the same tokens if they are greedy, the same distribution if they are drawn.
+    Each sequence gets the tokens that it would get alone: sequence n draws with seed + n. vocab_size > 0 restricts ids
+    to those below it, since a model's vocabulary may be padded. on_full is "slide" or "stop".
+    A draft, a smaller model with the same vocabulary, proposes draft_tokens tokens at a time for a single sequence,
+    which the model checks all at once. That leaves greedy tokens, and the distribution of drawn ones, unchanged:
     Leviathan et al. 2022, https://arxiv.org/abs/2211.17192.
 
-    ValueError for no prompt or an empty one, an id outside the vocabulary (in a prompt or a logit_bias), an on_full of
-    another name, a prompt past block_size that may not slide, and a draft with another vocabulary or for several
+    ValueError for no prompts or an empty one; an id outside the vocabulary, in a prompt or in logit_bias; another
+    on_full; a prompt longer than block_size that may not slide; a draft with another vocabulary or for several
     prompts.
     """
 
@@ -55,7 +55,7 @@ class Decoder:
         on_full: str = "slide",
         logprobs: bool = False,
         draft: GPT | None = None,
-        n_draft: int = 4,
+        draft_tokens: int = 4,
     ) -> None:
         size, V = model.config.block_size, model.config.vocab_size
         if on_full not in ("slide", "stop"):
@@ -67,19 +67,21 @@ class Decoder:
             raise ValueError(f"prompt: {longest} tokens, at most block_size = {size} unless the window slides")
         if draft and draft.config.vocab_size != V:
             raise ValueError(f"draft: its vocab_size is {draft.config.vocab_size}, the model's {V}")
-        if draft and (len(prompts) != 1 or n_draft < 1):
-            raise ValueError(f"draft: {len(prompts)} prompts and n_draft = {n_draft}, expected one and at least 1")
+        if draft and (len(prompts) != 1 or draft_tokens < 1):
+            raise ValueError(
+                f"draft: {len(prompts)} prompts and draft_tokens = {draft_tokens}, expected one and at least 1"
+            )
         ids: list[list[int]] = [np.asarray(prompt).tolist() for prompt in prompts]
         for wrong in (t for prompt in ids for t in prompt if not 0 <= t < V):
             raise ValueError(f"prompt: it holds id {wrong}, expected 0 <= id < vocab_size = {V}")
         if beyond := [token for token in sampler.logit_bias if token >= (vocab_size or V)]:
             raise ValueError(f"logit_bias: id {beyond[0]}, expected 0 to {(vocab_size or V) - 1}")
         model.eval()  # no dropout
-        rows = _Rows(model, ids, sampler, vocab_size or V, on_full == "slide", logprobs)
-        # The generator belongs to what it refers to by no way back: else all arrays would wait for Python to look
-        # for cycles when a Decoder is left before its end.
-        self._rows, self._steps = rows, rows.speculate(draft, n_draft) if draft else rows.decode()
-        self.full = rows.full  # (B,) bool: sequences that ended because the model's positions are taken
+        sequences = _Sequences(model, ids, sampler, vocab_size or V, on_full == "slide", logprobs)
+        # The generator holds no reference to the Decoder, so the arrays of an abandoned Decoder are freed at once.
+        self._sequences = sequences
+        self._steps = sequences.speculative_steps(draft, draft_tokens) if draft else sequences.steps()
+        self.full = sequences.full  # (B,) bool: sequences that ended because the model's positions are all taken
 
     def __iter__(self) -> Iterator[Step]:
         return self._steps
@@ -88,12 +90,12 @@ class Decoder:
         return next(self._steps)
 
     def finish(self, row: int) -> None:
-        """Nothing more is wanted of a sequence."""
-        self._rows.ended[row] = True
+        """Ends a sequence: its later tokens are -1."""
+        self._sequences.ended[row] = True
 
 
-class _Rows:
-    """The sequences of a Decoder, and how they go on."""
+class _Sequences:
+    """A Decoder's sequences, and the two ways to continue them: token by token, and with a draft."""
 
     def __init__(
         self, model: GPT, prompts: list[list[int]], sampler: Sampler, vocab_size: int, slides: bool, logprobs: bool
@@ -103,8 +105,8 @@ class _Rows:
         self._model, self._sampler, self._vocab_size = model, sampler, vocab_size
         self._slides, self._wants_logprobs = slides, logprobs
         self._uniforms = sampling.uniforms(sampler.seed, len(prompts))
-        self._texts = [_Text(prompt, model.config.block_size) for prompt in prompts]
-        self._seen: Any = None  # (B, vocab_size) bool: the ids in each text, where the sampler asks for them
+        self._windows = [_SlidingWindow(prompt, model.config.block_size) for prompt in prompts]
+        self._seen: Any = None  # (B, vocab_size) bool: the ids in each sequence, if the sampler needs them
         if sampler.repetition_penalty != 1:
             self._seen = np.zeros((len(prompts), vocab_size), bool)
             for row, prompt in zip(self._seen, prompts, strict=True):
@@ -112,55 +114,56 @@ class _Rows:
 
     # ---- token by token ----
 
-    def decode(self) -> Iterator[Step]:
-        texts, cache = self._texts, _cache(self._model, len(self._texts))
+    def steps(self) -> Iterator[Step]:
+        windows, cache = self._windows, _new_cache(self._model, len(self._windows))
         step = ops.repeated(self._model, GPT.next_logits, cache)
-        # On the kernels a step is computed when it is asked for. Elsewhere MLX works on the next one while the
-        # caller has this one's tokens, unless a sequence has no room for it.
-        ahead = not ops.on_kernels(self._model)
-        if ahead and self._seen is not None:
+        # On the kernels each step is computed on demand. Elsewhere MLX computes the next step while the caller uses
+        # this step's tokens, unless a sequence has no free position for it.
+        asynchronous = not ops.on_kernels(self._model)
+        if asynchronous and self._seen is not None:
             self._seen = mx.array(self._seen)
-        logits = self._read(cache, range(len(texts)))  # (B, V)
+        logits = self._prefill_windows(cache, range(len(windows)))  # (B, V)
         while True:
             tokens, logprobs = self._choose(logits)  # (B,)
-            is_ahead = ahead and not (cache.offsets[~self.ended] == cache.block_size).any()
+            is_ahead = asynchronous and not (cache.offsets[~self.ended] == cache.block_size).any()
             if is_ahead:
                 logits = step(tokens[:, None])  # (B, 1) -> (B, V)
                 mx.async_eval(tokens, logits)
-            yield self._took(tokens, logprobs)
+            yield self._append(tokens, logprobs)
             if self.ended.all():
                 return
-            cache.offsets[self.ended] = 0  # what is computed for these is not looked at, and must not fill up
+            cache.offsets[self.ended] = 0  # their results are unused, but their positions must not run out
             if is_ahead:
                 continue
-            slid = [int(row) for row in np.flatnonzero(~self.ended) if texts[row].slide()]
+            slid = [int(row) for row in np.flatnonzero(~self.ended) if windows[row].slide()]
             cache.offsets[slid] = 0
             if len(slid) < np.count_nonzero(~self.ended):
                 logits = step(tokens[:, None])
             if slid:
-                for row, anew in zip(slid, self._read(cache, slid), strict=True):
-                    logits[row] = anew
+                for row, row_logits in zip(slid, self._prefill_windows(cache, slid), strict=True):
+                    logits[row] = row_logits
 
-    def _read(self, cache: KVCache, rows: Sequence[int]) -> Any:
-        """Reads the windows of some sequences, equal ones once -> the logits behind them, (len(rows), V)."""
-        read: dict[tuple[int, ...], tuple[KVCache, Any]] = {}
+    def _prefill_windows(self, cache: KVCache, rows: Sequence[int]) -> Any:
+        """Computes the windows of some sequences, each different one once -> the logits of their next tokens,
+        (len(rows), V)."""
+        prefilled: dict[tuple[int, ...], tuple[KVCache, Any]] = {}
         for row in rows:
-            window = tuple(self._texts[row].window)
-            if len(self._texts) == 1:
+            window = tuple(self._windows[row].ids)
+            if len(self._windows) == 1:
                 cache.offsets[:] = 0
                 return _prefill(self._model, window, cache)
-            if window not in read:
-                one = _cache(self._model)
-                read[window] = one, _prefill(self._model, window, one)
-            cache.put(row, read[window][0])
-        logits = [read[tuple(self._texts[row].window)][1] for row in rows]
+            if window not in prefilled:
+                one = _new_cache(self._model)
+                prefilled[window] = one, _prefill(self._model, window, one)
+            cache.put(row, prefilled[window][0])
+        logits = [prefilled[tuple(self._windows[row].ids)][1] for row in rows]
         return np.concatenate(logits) if isinstance(logits[0], np.ndarray) else mx.concatenate(logits)
 
     def _choose(self, logits: Any) -> tuple[Any, Any]:
         """The next tokens (B,) and, if wanted, their log-probabilities (B,), from logits (B, V)."""
         logits = logits[:, : self._vocab_size]
         if isinstance(logits, mx.array):
-            logits = logits.astype(mx.float32)  # sums of probabilities are too much for half precision
+            logits = logits.astype(mx.float32)  # half precision can't sum so many probabilities
         tokens = self._sampler(logits, self._seen, None if self._sampler.greedy else next(self._uniforms))
         if isinstance(self._seen, mx.array):
             self._seen = mx.put_along_axis(self._seen, tokens[:, None], mx.array(True), axis=-1)
@@ -168,52 +171,54 @@ class _Rows:
             self._seen[np.arange(len(tokens)), tokens] = True
         return tokens, sampling.logprobs(logits, tokens) if self._wants_logprobs else None
 
-    def _took(self, tokens: Any, logprobs: Any = None) -> Step:
-        """Adds the tokens to the texts -> what the caller sees of them."""
+    def _append(self, tokens: Any, logprobs: Any = None) -> Step:
+        """Adds a token (B,) to each sequence that has not ended -> the step for the caller."""
         tokens = np.where(self.ended, -1, np.asarray(tokens)).astype(np.int32)
-        if (tokens[~self.ended] < 0).any():  # how a sampler of MLX arrays says it
+        if (tokens[~self.ended] < 0).any():  # a Sampler's mark for MLX arrays that can't be drawn from
             raise ValueError("logits: not finite numbers, or every token is forbidden")
         for row in np.flatnonzero(~self.ended):
-            self._texts[row].tokens.append(int(tokens[row]))
-            if self._texts[row].is_full and not self._slides:
+            self._windows[row].tokens.append(int(tokens[row]))
+            if self._windows[row].is_too_long and not self._slides:
                 self.full[row] = self.ended[row] = True
         return Step(tokens, None if logprobs is None else np.asarray(logprobs))
 
     # ---- with a draft ----
 
-    def speculate(self, draft: GPT, n_draft: int) -> Iterator[Step]:
-        (text,), target, proposer = self._texts, _Reader(self._model), _Reader(draft)
-        drafted = _Text(text.tokens, draft.config.block_size)
-        begun = False  # after the beginning and after a slide, all of the window is read as it is without a draft
+    def speculative_steps(self, draft: GPT, draft_tokens: int) -> Iterator[Step]:
+        (window,), target_model, draft_model = self._windows, _PrefixCachedModel(self._model), _PrefixCachedModel(draft)
+        draft_window = _SlidingWindow(window.tokens, draft.config.block_size)
+        # The first step, and the first after a slide, compute the whole window exactly as without a draft.
+        is_prefilled = False
         while not self.ended.all():
-            room = min(n_draft, text.size - len(text.window), drafted.size // 2 - 1) if begun else 0
-            drafted.tokens = list(text.tokens)
-            likely: list[np.ndarray] = []  # what each proposal was drawn from, (V,)
+            room = min(draft_tokens, window.size - len(window.ids), draft_window.size // 2 - 1) if is_prefilled else 0
+            draft_window.tokens = list(window.tokens)
+            q: list[np.ndarray] = []  # the draft's probabilities for each proposal, (vocab_size,)
             proposed: list[int] = []
             while len(proposed) < room:
-                drafted.slide()
-                logits = proposer.read(drafted.window, 1)  # (1, V)
-                likely.append(self._probabilities(logits[0], proposed))
-                proposed.append(self._draw(likely[-1]))
-                drafted.tokens.append(proposed[-1])
-            logits = target.read(text.window + proposed, len(proposed) + 1)  # (n_proposed + 1, V)
+                draft_window.slide()
+                logits = draft_model.logits(draft_window.ids, 1)  # (1, V)
+                q.append(self._probabilities(logits[0], proposed))
+                proposed.append(self._draw(q[-1]))
+                draft_window.tokens.append(proposed[-1])
+            logits = target_model.logits(window.ids + proposed, len(proposed) + 1)  # (n_proposed + 1, V)
             for n in range(len(proposed) + 1):
-                p = self._probabilities(logits[n], proposed[:n])  # (V,)
-                accepted = n < len(proposed) and next(self._uniforms)[0] * likely[n][proposed[n]] < p[proposed[n]]
+                p = self._probabilities(logits[n], proposed[:n])  # (vocab_size,)
+                # Accept a proposal x with probability p(x) / q(x), else draw from the part of p above q.
+                accepted = n < len(proposed) and next(self._uniforms)[0] * q[n][proposed[n]] < p[proposed[n]]
                 if accepted:
                     token = proposed[n]
-                else:  # after a refusal, from what the draft proposes too seldom
-                    token = self._draw(np.maximum(p - likely[n], 0) if n < len(proposed) else p)
-                token_of = np.array([token])
-                yield self._took(token_of, self._logprobs(logits[n], token_of))
+                else:
+                    token = self._draw(np.maximum(p - q[n], 0) if n < len(proposed) else p)
+                tokens = np.array([token])  # (B,) with B = 1
+                yield self._append(tokens, self._logprobs(logits[n], tokens))
                 if self._seen is not None:
                     self._seen[0, token] = True
                 if self.ended.all() or not accepted:
                     break
-            begun = not text.slide()
+            is_prefilled = not window.slide()
 
     def _probabilities(self, logits: np.ndarray, proposed: list[int]) -> np.ndarray:
-        """What the token after some proposed ones is drawn from. logits (V,) -> (vocab_size,)."""
+        """The probabilities of the token after some proposed ones. logits (V,) -> (vocab_size,)."""
         seen = None
         if self._seen is not None:
             seen = self._seen.copy()
@@ -221,53 +226,56 @@ class _Rows:
         return self._sampler.probabilities(logits[None, : self._vocab_size], seen)[0]
 
     def _draw(self, p: np.ndarray) -> int:
-        """A token by probabilities (V,), which need not sum to 1."""
+        """Draws a token by probabilities (vocab_size,), which need not sum to 1."""
         return int(p.argmax() if self._sampler.greedy else sampling.draw_from(p[None], next(self._uniforms))[0])
 
     def _logprobs(self, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray | None:
         return sampling.logprobs(logits[None, : self._vocab_size], tokens) if self._wants_logprobs else None
 
 
-class _Text:
-    """The tokens of a sequence, and the window of them that a model with `size` positions sees."""
+class _SlidingWindow:
+    """The tokens of a sequence, and the last of them, which a model with `size` positions sees."""
 
     def __init__(self, tokens: Sequence[int], size: int) -> None:
         self.tokens, self.size = list(tokens), size
         self._start = max(0, len(self.tokens) - size)
 
     @property
-    def window(self) -> list[int]:
+    def ids(self) -> list[int]:
+        """The tokens in the window."""
         return self.tokens[self._start :]
 
     @property
-    def is_full(self) -> bool:
+    def is_too_long(self) -> bool:
+        """Whether the model has no position for the last token."""
         return len(self.tokens) - self._start > self.size
 
     def slide(self) -> bool:
-        """Drops the oldest half where the window is too long -> whether it was."""
-        full = self.is_full
-        if full:
-            self._start = len(self.tokens) - max(1, self.size // 2)
-        return full
+        """Drops the oldest half of a window that is too long -> whether it was."""
+        if not self.is_too_long:
+            return False
+        self._start = len(self.tokens) - max(1, self.size // 2)
+        return True
 
 
-class _Reader:
-    """A model that reads one sequence after another, anew only from where they differ."""
+class _PrefixCachedModel:
+    """A model that keeps the keys and values of the last sequence it has seen, and reuses those of the tokens that the
+    next sequence begins with too."""
 
     def __init__(self, model: GPT) -> None:
-        self._model, self._cache = model, _cache(model)
+        self._model, self._cache = model, _new_cache(model)
         self._array = np.array if ops.on_kernels(model) else mx.array
-        self._held: list[int] = []  # the tokens in the cache
-        self._steps: dict[int, Callable[[Any], Any]] = {}
+        self._cached_ids: list[int] = []
+        self._steps: dict[int, Callable[[Any], Any]] = {}  # by the number of positions that a step computes
 
-    def read(self, ids: list[int], n: int) -> np.ndarray:
-        """The logits behind each of the last n tokens, (n, V)."""
+    def logits(self, ids: list[int], n: int) -> np.ndarray:
+        """The logits that follow each of the last n tokens, (n, V)."""
         same = 0
-        while same < min(len(ids) - n, len(self._held)) and ids[same] == self._held[same]:
+        while same < min(len(ids) - n, len(self._cached_ids)) and ids[same] == self._cached_ids[same]:
             same += 1
         self._cache.offsets[:] = same
-        self._held = ids
-        if len(ids) - same > max(n, _FEW):
+        self._cached_ids = ids
+        if len(ids) - same > max(n, _REPEATED_STEP_MAX):
             if n == 1:
                 return _to_numpy(_prefill(self._model, ids[same:], self._cache))
             _prefill(self._model, ids[same:-n], self._cache)
@@ -279,14 +287,14 @@ class _Reader:
         return _to_numpy(logits)[0, -n:]
 
 
-def _cache(model: GPT, batch_size: int = 1) -> KVCache:
+def _new_cache(model: GPT, batch_size: int = 1) -> KVCache:
     return KVCache(model.config.n_layer, model.config.block_size, batch_size, model.head.dtype)
 
 
 def _prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Any:
-    """Reads tokens behind those that a cache holds -> the logits of the next, (1, V), of NumPy on the kernels."""
-    for start in range(0, len(ids), _CHUNK):
-        logits = model.next_logits(mx.array([ids[start : start + _CHUNK]], mx.int32), cache)
+    """Computes the tokens that follow those in a cache -> the logits of the next, (1, V), in NumPy on the kernels."""
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        logits = model.next_logits(mx.array([ids[start : start + PREFILL_CHUNK]], mx.int32), cache)
         mx.eval(logits)
     return np.asarray(logits) if ops.on_kernels(model) else logits
 

@@ -1,7 +1,7 @@
-"""Text from a model, in Python: mlxgpt.load, mlxgpt.generate and mlxgpt.stream.
+"""Text from a model, in Python: mlxgpt.load, mlxgpt.sample and mlxgpt.stream.
 
 model, tokenizer = mlxgpt.load("runs/cpu")
-print(mlxgpt.generate(model, tokenizer, "def main(", temperature=0))
+print(mlxgpt.sample(model, tokenizer, "def main(", temperature=0))
 for piece in mlxgpt.stream(model, tokenizer, "def main(", top_k=40):
     print(piece.text, end="", flush=True)
 """
@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from ..common.settings import nearest, require_at_least, settings
 from ..data import tokenizer as tokenizers
 from ..data.tokenizer import Tokenizer
-from ..formats import model_directory as checkpoint
+from ..formats import model_directory
 from ..model import ops
 from ..model.gpt import GPT
 from .decoding import Decoder
@@ -26,21 +27,60 @@ from .sampling import Sampler
 from .text_stream import TextStream
 
 Finish = Literal["length", "stop", "end_of_text", "full", "interrupted"]
-OnFull = Literal["slide", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How a sample is made: its length, what ends it, and how its tokens are drawn."""
+
+    max_new_tokens: int = 500
+    """tokens to generate per sample"""
+    stop: tuple[str, ...] = ()
+    """a text that ends a sample and is left out of it; may be given several times, on the command line with escapes
+    as in \\n and \\t"""
+    on_full: Literal["slide", "stop"] = "slide"
+    """when all of the model's positions are taken: slide drops the oldest half of what the model sees and reads the
+    rest again, stop ends the sample"""
+    draft_tokens: int = 4
+    """tokens that the draft proposes at a time"""
+    logprobs: bool = False
+    """give each token's log-probability by the model, before temperature and the like"""
+    sampler: Sampler = field(default_factory=Sampler)
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "max_new_tokens", "draft_tokens")
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> SampleOptions:
+        """From the names of these fields and of the sampler's; `stop` may be a string or any sequence of strings.
+
+        TypeError, with the nearest name, for an unknown one; ValueError for a value out of its range.
+        """
+        valid = settings(cls)
+        for name in keywords:
+            if name not in valid:
+                raise TypeError(f"unknown option '{name}'{nearest(name, valid)}")
+        own, of_sampler = dict(keywords), {}
+        for name in settings(Sampler):
+            if name in own:
+                of_sampler[name] = own.pop(name)
+        if "stop" in own:
+            own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
+        return cls(**own, sampler=Sampler(**of_sampler))
 
 
 @dataclass
 class Sample:
-    """What a model made of one prompt. str() of it is its text."""
+    """The text that a model has added to one prompt. str() of it is that text."""
 
     prompt: str
     prompt_tokens: list[int]
-    text: str = ""  # without the prompt and a stop string
-    tokens: list[int] = field(default_factory=list)  # without end-of-text, but with those of a stop string
-    logprobs: list[float] | None = None  # of the tokens, by the model itself: temperature 1, nothing cut
+    text: str = ""  # without the prompt and without the stop string that ended it
+    tokens: list[int] = field(default_factory=list)  # without end-of-text, but with the tokens of a stop string
+    logprobs: list[float] | None = None  # the model's own log-probability of each token: temperature 1, nothing cut
     finish: Finish | None = None
-    """length: max_new_tokens; stop: a stop string; end_of_text: that token; full: the model's positions are used up;
-    interrupted: by Ctrl-C"""
+    """why the text ends. length: max_new_tokens; stop: a stop string; end_of_text: that token; full: the model's
+    positions are used up; interrupted: by Ctrl-C"""
 
     def __str__(self) -> str:
         return self.text
@@ -48,152 +88,129 @@ class Sample:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token adds to a text."""
+    """The text that one token adds."""
 
     text: str  # may be empty: a character's first bytes, or what may become a stop string, are held back
     token: int
     logprob: float | None = None
-    finish: Finish | None = None  # in the last piece: why it is the last, as in Sample
+    finish: Finish | None = None  # in the last piece only: why the text ends, as in Sample
 
 
 def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "gpu"] = "auto") -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer in a model directory, or of a training run, and MLX's default device set.
+    """The model and tokenizer in the directory of a model or of a training run. Sets MLX's default device.
 
-    FileNotFoundError; ValueError for files that are no such model, and a device that is not there.
+    FileNotFoundError; ValueError for files that hold no such model, and for a device that this machine does not have.
     """
     ops.use_device(device)
     return load_named(Path(path), "model")
 
 
 @overload
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Sample: ...
+def sample(model: GPT, tokenizer: Tokenizer, prompt: str, *, draft: GPT | None = None, **options: Any) -> Sample: ...
 @overload
-def generate(model: GPT, tokenizer: Tokenizer, prompt: Sequence[str], **settings: Any) -> list[Sample]: ...
-def generate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[str],
-    *,
-    max_new_tokens: int = 500,
-    stop: str | Sequence[str] = (),
-    on_full: OnFull = "slide",
-    draft: GPT | None = None,
-    n_draft: int = 4,
-    logprobs: bool = False,
-    **settings: Any,
+def sample(
+    model: GPT, tokenizer: Tokenizer, prompt: Sequence[str], *, draft: GPT | None = None, **options: Any
+) -> list[Sample]: ...
+def sample(
+    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[str], *, draft: GPT | None = None, **options: Any
 ) -> Sample | list[Sample]:
-    """Goes on from a prompt, or from several as one batch: a Sample for one text, a list of them for several.
+    """Continues a prompt, or several prompts as one batch: a Sample for one text, a list of Samples for several.
 
-    stop ends a text and is left out of it. on_full: past the model's positions "slide" goes on from the last ones,
-    "stop" ends the text. draft: a smaller model of the same vocabulary, which proposes n_draft tokens at a time for
-    a single prompt.
-    settings: those of sampling.Sampler: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed.
-    An empty prompt starts from the end-of-text token, or a line break where tokens are characters.
-    ValueError for a setting out of its range, and text that the tokenizer doesn't know.
+    options are the fields of SampleOptions (max_new_tokens, stop, on_full, draft_tokens, logprobs) and of
+    sampling.Sampler (temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed).
+    draft: a smaller model of the same vocabulary, which proposes tokens for a single prompt.
+    An empty prompt starts from the end-of-text token, or from a line break where tokens are characters.
+    TypeError for an unknown option; ValueError for a value out of its range, and for text that the tokenizer can't
+    encode.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    parsed = SampleOptions.from_keywords(options)
     if not prompts:
         return []
-    batch = Batch(
-        model, tokenizer, [start(model, tokenizer, text, on_full) for text in prompts], Sampler(**settings),
-        max_new_tokens=max_new_tokens, stop=stop, on_full=on_full, draft=draft, n_draft=n_draft, logprobs=logprobs,
-    )  # fmt: skip
+    batch = SampleBatch(
+        model, tokenizer, [empty_sample(model, tokenizer, text, parsed) for text in prompts], parsed, draft
+    )
     for _ in batch:
         pass
     return batch.samples[0] if isinstance(prompt, str) else batch.samples
 
 
 def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 500,
-    stop: str | Sequence[str] = (),
-    on_full: OnFull = "slide",
-    draft: GPT | None = None,
-    n_draft: int = 4,
-    logprobs: bool = False,
-    **settings: Any,
+    model: GPT, tokenizer: Tokenizer, prompt: str, *, draft: GPT | None = None, **options: Any
 ) -> Iterator[Piece]:
-    """As `generate` of one prompt, a Piece for each token as it comes. Their texts joined are the Sample's."""
-    batch = Batch(
-        model, tokenizer, [start(model, tokenizer, prompt, on_full)], Sampler(**settings),
-        max_new_tokens=max_new_tokens, stop=stop, on_full=on_full, draft=draft, n_draft=n_draft, logprobs=logprobs,
-    )  # fmt: skip
+    """`sample` of one prompt, token by token: a Piece as soon as each is drawn. Their texts joined are the Sample's."""
+    parsed = SampleOptions.from_keywords(options)
+    batch = SampleBatch(model, tokenizer, [empty_sample(model, tokenizer, prompt, parsed)], parsed, draft)
     return (piece for _, piece in batch)
 
 
-def start(model: GPT, tokenizer: Tokenizer, prompt: str, on_full: OnFull, name: str = "prompt") -> Sample:
-    """An empty Sample. ValueError, naming the prompt `name`, for one with unknown characters or too long to go on."""
+def empty_sample(model: GPT, tokenizer: Tokenizer, prompt: str, options: SampleOptions, name: str = "prompt") -> Sample:
+    """A Sample that holds its prompt alone.
+
+    ValueError, which calls the prompt `name`, for characters that the tokenizer doesn't know, and for a prompt longer
+    than block_size that may not slide.
+    """
     try:
         tokens = tokenizer.encode(prompt).tolist() or [tokenizer.start]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if on_full == "stop" and len(tokens) > model.config.block_size:
+    if options.on_full == "stop" and len(tokens) > model.config.block_size:
         raise ValueError(f"{name}: {len(tokens)} tokens, at most block_size = {model.config.block_size}")
     return Sample(prompt, tokens)
 
 
-class Batch:
-    """Samples that grow together. Iterating gives (row, Piece), row by row for each position, as they come."""
+class SampleBatch:
+    """Samples that are made together. Iterating it gives (row, Piece) as tokens are drawn: at each position, one for
+    each row of the batch that has not ended."""
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer,
         samples: list[Sample],
-        sampler: Sampler,
-        *,
-        max_new_tokens: int,
-        stop: str | Sequence[str],
-        on_full: OnFull,
-        draft: GPT | None,
-        n_draft: int,
-        logprobs: bool,
+        options: SampleOptions,
+        draft: GPT | None = None,
     ) -> None:
-        """samples, as `start` makes them, are filled. ValueError for a setting out of its range."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        for text in stops:
+        """Fills `samples`, which begin as `empty_sample` makes them. ValueError as Decoder, and for a stop string that
+        the tokenizer can't encode."""
+        for text in options.stop:
             _check_stop(tokenizer, text)
-        self.samples, self._tokenizer, self._max_new_tokens = samples, tokenizer, max_new_tokens
-        if logprobs:
+        self.samples, self._tokenizer, self._max_new_tokens = samples, tokenizer, options.max_new_tokens
+        if options.logprobs:
             for sample in samples:
                 sample.logprobs = []
-        self._texts: list[list[str]] = [[] for _ in samples]
-        self._streams = [TextStream(tokenizer.token_bytes, stops) for _ in samples]
-        self.began = self.first = self.last = time.perf_counter()  # the clock: first and last tokens are moved on
+        self._pieces: list[list[str]] = [[] for _ in samples]
+        self._streams = [TextStream(tokenizer.token_bytes, options.stop) for _ in samples]
+        # on time.perf_counter's clock
+        self.started_at = self.first_token_at = self.last_token_at = time.perf_counter()
         self._decoder = Decoder(
-            model, [sample.prompt_tokens for sample in samples], sampler, vocab_size=tokenizer.vocab_size,
-            on_full=on_full, logprobs=logprobs, draft=draft, n_draft=n_draft,
+            model, [sample.prompt_tokens for sample in samples], options.sampler, vocab_size=tokenizer.vocab_size,
+            on_full=options.on_full, logprobs=options.logprobs, draft=draft, draft_tokens=options.draft_tokens,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
-        growing = list(range(len(self.samples)))
+        unfinished = list(range(len(self.samples)))
         for step in self._decoder:
-            self.last = time.perf_counter()
-            if self.first == self.began:
-                self.first = self.last
-            for row in growing:
+            self.last_token_at = time.perf_counter()
+            if self.first_token_at == self.started_at:
+                self.first_token_at = self.last_token_at
+            for row in unfinished:
                 logprob = float(step.logprobs[row]) if step.logprobs is not None else None
-                yield row, self._add(row, int(step.tokens[row]), logprob)
-            growing = [row for row in growing if self.samples[row].finish is None]
-            if not growing:
+                yield row, self._add_token(row, int(step.tokens[row]), logprob)
+            unfinished = [row for row in unfinished if self.samples[row].finish is None]
+            if not unfinished:
                 return
 
-    def _add(self, row: int, token: int, logprob: float | None) -> Piece:
-        """One more token of a row."""
+    def _add_token(self, row: int, token: int, logprob: float | None) -> Piece:
         sample, text = self.samples[row], ""
-        ends = token == self._tokenizer.end_of_text
-        if not ends:
+        is_end_of_text = token == self._tokenizer.end_of_text
+        if not is_end_of_text:
             text = self._streams[row].push(token)
             sample.tokens.append(token)
             if sample.logprobs is not None and logprob is not None:
                 sample.logprobs.append(logprob)
         reasons: list[tuple[Finish, bool]] = [
-            ("end_of_text", ends),
+            ("end_of_text", is_end_of_text),
             ("stop", self._streams[row].stopped),
             ("length", len(sample.tokens) == self._max_new_tokens),
             ("full", bool(self._decoder.full[row])),
@@ -201,26 +218,26 @@ class Batch:
         finish = next((name for name, holds in reasons if holds), None)
         if finish:
             text += self._streams[row].close()
-        self._texts[row].append(text)
+        self._pieces[row].append(text)
         if finish:
-            self._end(row, finish)
+            self._finish(row, finish)
         return Piece(text, token, logprob, finish)
 
-    def _end(self, row: int, finish: Finish) -> None:
-        self.samples[row].text = "".join(self._texts[row])
+    def _finish(self, row: int, finish: Finish) -> None:
+        self.samples[row].text = "".join(self._pieces[row])
         self.samples[row].finish = finish
         self._decoder.finish(row)
 
     def interrupt(self) -> None:
-        """Ends the samples that still grow where they are."""
+        """Ends all unfinished samples with the text that they have."""
         for row, sample in enumerate(self.samples):
             if sample.finish is None:
-                self._texts[row].append(self._streams[row].close())
-                self._end(row, "interrupted")
+                self._pieces[row].append(self._streams[row].close())
+                self._finish(row, "interrupted")
 
 
 def _check_stop(tokenizer: Tokenizer, text: str) -> None:
-    """ValueError for a stop string that can't occur."""
+    """ValueError for a stop string that no text can hold."""
     if not text:
         raise ValueError("stop is '', expected at least one character")
     try:
@@ -231,12 +248,12 @@ def _check_stop(tokenizer: Tokenizer, text: str) -> None:
 
 
 def load_named(path: Path, setting: str) -> tuple[GPT, Tokenizer]:
-    """`load` of the directory that a setting names, on the device as it is."""
-    directory = checkpoint.find_model(path.expanduser(), setting)
-    with ThreadPoolExecutor(1) as beside:  # the two take 0.3 s and 0.15 s for GPT-2
-        reading = beside.submit(_load_tokenizer, directory)
-        model = checkpoint.load_model(directory, None)
-        tokenizer = reading.result()
+    """`load` on MLX's default device, with errors that name the setting which gave the path."""
+    directory = model_directory.find_model(path.expanduser(), setting)
+    with ThreadPoolExecutor(1) as executor:  # GPT-2's model takes 0.3 s to load, its tokenizer 0.15 s
+        future = executor.submit(_load_tokenizer, directory)
+        model = model_directory.load_model(directory, None)
+        tokenizer = future.result()
     if tokenizer.vocab_size > model.config.vocab_size:
         counts = f"its tokenizer has {tokenizer.vocab_size} ids, its model vocab_size = {model.config.vocab_size}"
         raise ValueError(f"{setting}: {directory}: {counts}")
@@ -244,7 +261,7 @@ def load_named(path: Path, setting: str) -> tuple[GPT, Tokenizer]:
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer:
-    """With the encoder made that the first text would wait for."""
+    """Loads a tokenizer and makes its encoder, for which the first text would have to wait."""
     tokenizer = tokenizers.load(directory)
     tokenizer.encode("")
     return tokenizer

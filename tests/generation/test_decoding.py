@@ -1,4 +1,4 @@
-"""Decoding with a cache against the model run anew on every window, on the kernels and on MLX alone."""
+"""Decoding with a cache, against the model without one on every window; on the kernels and on MLX alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def random_model(n_layer=2, n_embd=32, seed=3, scale=0.4, **shape) -> GPT:
     model = GPT(
         GPTConfig(**{"block_size": T, "vocab_size": V, "n_head": 4, "n_layer": n_layer, "n_embd": n_embd} | shape)
     )
-    model.wte.weight = mx.random.normal(model.wte.weight.shape, scale=scale)  # so that tokens are told apart
+    model.wte.weight = mx.random.normal(model.wte.weight.shape, scale=scale)  # large enough that tokens differ
     return model.eval()
 
 
@@ -62,7 +62,7 @@ def uncached(model: GPT, prompt: list[int], n: int, slides: bool = True) -> list
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_decoding_is_what_the_model_says_of_each_window(backend, prompt):
+def test_greedy_decoding_takes_the_most_likely_token_of_each_window(backend, prompt):
     model = random_model()
     found = tokens(Decoder(model, [prompt], GREEDY), 60)
     assert [row[0] for row in found] == uncached(model, prompt, 60)
@@ -85,7 +85,7 @@ def test_a_repeated_step_gives_the_logits_of_every_position(backend):
             part = ids[:, at : at + T_step]
             logits = np.array(step(part if backend == "kernels" else mx.array(part)))
             np.testing.assert_allclose(logits, whole[:, at : at + T_step], atol=1e-5)
-        full = ops.repeated(model, GPT.__call__, cache)  # that has not run yet
+        full = ops.repeated(model, GPT.__call__, cache)  # a step that has not run yet
         for _ in range(2):
             with pytest.raises(ValueError, match="at most block_size"):
                 full(part if backend == "kernels" else mx.array(part))
@@ -95,7 +95,7 @@ def test_a_repeated_step_gives_the_logits_of_every_position(backend):
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 3])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_low_precision_is_computed_with_as_it_lies(backend, tmp_path, dtype, bits):
+def test_weights_in_low_precision_are_computed_with_as_they_are_stored(backend, tmp_path, dtype, bits):
     """Every position's logits against those of the same weights in float32, without a cache."""
     model = random_model(n_embd=128)
     weights = {name: p.astype(dtype) for name, p in model.named_weights().items()}
@@ -122,12 +122,12 @@ def test_low_precision_is_computed_with_as_it_lies(backend, tmp_path, dtype, bit
             assert error < {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 1e-2}[dtype]
 
 
-def test_a_cache_is_of_so_many_sequences(backend):
+def test_a_cache_of_another_number_of_sequences_is_refused(backend):
     with pytest.raises(ValueError, match="cache: it is of 2 sequences, expected 3"):
         random_model()(mx.zeros((3, 1), mx.int32), KVCache(2, T, 2))
 
 
-def test_positions_can_be_taken_back(backend):
+def test_a_cache_can_go_back_to_an_earlier_position(backend):
     model = random_model()
     cache = KVCache(2, T)
     first = np.array(model(mx.array([[1, 2, 3, 4, 5]]), cache))
@@ -147,12 +147,12 @@ def test_a_step_is_compiled_once_for_each_size_of_the_cache(monkeypatch, switch_
 
 
 def test_long_prompts_are_read_in_chunks(backend, monkeypatch):
-    monkeypatch.setattr("mlxgpt.generation.decoding._CHUNK", 7)
+    monkeypatch.setattr("mlxgpt.generation.decoding.PREFILL_CHUNK", 7)
     model = random_model()
     assert [t for (t,) in tokens(Decoder(model, [list(range(20))], GREEDY), 3)] == uncached(model, list(range(20)), 3)
 
 
-def test_prompts_in_a_batch_get_the_text_that_they_get_alone(backend):
+def test_prompts_in_a_batch_get_the_tokens_that_they_get_alone(backend):
     model = random_model()
     prompts = [[9] * 11, [3, 4], list(range(40)), [3, 4], [1]]
     found = tokens(Decoder(model, prompts, GREEDY), 60)
@@ -182,7 +182,7 @@ def test_a_sequence_may_stop_when_the_model_is_full(backend):
     model = random_model()
     steps = Decoder(model, [[1] * 20, [2, 3]], GREEDY, on_full="stop")
     found = [step.tokens.tolist() for step in steps]
-    assert len(found) == T - 2 + 1  # the last token needs no position
+    assert len(found) == T - 2 + 1  # the last token takes no position
     ours = [row[0] for row in found]
     assert ours == [*uncached(model, [1] * 20, 99, slides=False), *[-1] * 18]
     assert [row[1] for row in found] == uncached(model, [2, 3], 99, slides=False)
@@ -202,7 +202,7 @@ def test_finished_sequences_are_left_out(backend):
     assert not steps.full.any()
 
 
-def test_a_decoder_that_is_left_lets_go_of_its_arrays():
+def test_an_abandoned_decoder_frees_its_arrays_at_once():
     model, arrays = random_model(), []
     gc.collect()
     gc.disable()
@@ -210,14 +210,14 @@ def test_a_decoder_that_is_left_lets_go_of_its_arrays():
         for draft in (None, random_model(1, 16)):
             steps = Decoder(model, [[1, 2]], GREEDY, draft=draft)
             next(steps)
-            arrays.append(weakref.ref(steps._rows))
+            arrays.append(weakref.ref(steps._sequences))
             del steps
         assert [array() for array in arrays] == [None, None]
     finally:
         gc.enable()
 
 
-def test_log_probabilities_are_the_models_own(backend):
+def test_log_probabilities_are_the_models_before_the_sampler(backend):
     model = random_model()
     for draft in (None, random_model(1, 16)):
         steps = Decoder(model, [[1, 2]], Sampler(temperature=0.5, top_k=3), logprobs=True, draft=draft)
@@ -231,18 +231,18 @@ def test_log_probabilities_are_the_models_own(backend):
 
 def test_ids_of_the_padding_are_never_drawn(backend):
     model = random_model()
-    model.wte.weight[40:] = model.wte.weight[:10] * 3  # louder copies
+    model.wte.weight[40:] = model.wte.weight[:10] * 3  # copies with larger logits
     for draft in (None, random_model(1, 16)):
         steps = Decoder(model, [[1]], Sampler(temperature=2), vocab_size=40, draft=draft)
         assert max(t for (t,) in tokens(steps, 100)) < 40
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("n_draft", [1, 4, 20])
-def test_a_draft_changes_nothing_in_greedy_decoding(backend, prompt, n_draft):
+@pytest.mark.parametrize("draft_tokens", [1, 4, 20])
+def test_a_draft_changes_nothing_in_greedy_decoding(backend, prompt, draft_tokens):
     model = random_model()
     for draft in (model, random_model(1, 16), random_model(1, 16, block_size=7)):
-        steps = Decoder(model, [prompt], GREEDY, draft=draft, n_draft=n_draft)
+        steps = Decoder(model, [prompt], GREEDY, draft=draft, draft_tokens=draft_tokens)
         assert [t for (t,) in tokens(steps, 60)] == uncached(model, prompt, 60)
     stopped = [step.tokens[0] for step in Decoder(model, [prompt[:T]], GREEDY, draft=draft, on_full="stop")]
     assert stopped == uncached(model, prompt[:T], 99, slides=False)
@@ -258,7 +258,7 @@ def test_a_good_draft_saves_steps_of_the_model(monkeypatch):
 
     monkeypatch.setattr(ops, "repeated", counting)
     draft = random_model()  # the same weights
-    tokens(Decoder(model, [[1]], GREEDY, draft=draft, n_draft=4), 20)
+    tokens(Decoder(model, [[1]], GREEDY, draft=draft, draft_tokens=4), 20)
     assert sum(of is model for of in calls) <= 5
 
 
@@ -278,7 +278,7 @@ def test_drawing_with_a_draft_keeps_the_distribution():
     n = 1500
     found = Counter()
     for seed in range(n):
-        steps = Decoder(model, [[1, 2]], Sampler(**settings, seed=seed), draft=draft, n_draft=2)
+        steps = Decoder(model, [[1, 2]], Sampler(**settings, seed=seed), draft=draft, draft_tokens=2)
         found[tuple(t for (t,) in tokens(steps, 3))] += 1
     assert all(probabilities[text] > 0 for text in found)
     expected = {text: n * p for text, p in probabilities.items() if n * p >= 5}
@@ -300,10 +300,10 @@ def test_drawing_with_a_draft_keeps_the_distribution():
         (dict(sampler=Sampler(logit_bias={40: 1.0}), vocab_size=40), "logit_bias: id 40, expected 0 to 39"),
         (dict(on_full="crash"), "on_full is 'crash', expected 'slide' or 'stop'"),
         (dict(draft=random_model(vocab_size=51)), "draft: its vocab_size is 51, the model's 50"),
-        (dict(draft=random_model(), prompts=[[1], [2]]), "draft: 2 prompts and n_draft = 4, expected one"),
-        (dict(draft=random_model(), n_draft=0), "draft: 1 prompts and n_draft = 0"),
+        (dict(draft=random_model(), prompts=[[1], [2]]), "draft: 2 prompts and draft_tokens = 4, expected one"),
+        (dict(draft=random_model(), draft_tokens=0), "draft: 1 prompts and draft_tokens = 0"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused(arguments, message):
+def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Decoder(**{"model": random_model(), "prompts": [[1]], "sampler": GREEDY} | arguments)

@@ -28,13 +28,25 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weight / weight.sum(axis=-1, keepdims=True)
 
 
+def untypicality(row: np.ndarray) -> np.ndarray:
+    """|H(p) + log p| of each token of a row (V,), in float64: Meister et al. 2022, equation 5.
+
+    Rounded far below any difference that the tests ask for, so that equal logits are equally close.
+    """
+    p = softmax(row)
+    logs = np.log(p, out=np.full(p.shape, -np.inf), where=p > 0)
+    entropy = -sum(x * log for x, log in zip(p, logs, strict=True) if x > 0)
+    return np.round(np.abs(entropy + logs), 12)
+
+
 def naive_kept(name: str, row: np.ndarray, value: float) -> list[bool]:
     """Which tokens of a row (V,) a sampler keeps, by its definition."""
     p = softmax(row)
-    ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
     if name == "top_k":
         return [sum(row > x) < value for x in row]
-    if name == "top_p":
+    if name in ("top_p", "typical_p"):
+        distance = -row if name == "top_p" else untypicality(row)
+        ranked = sorted(range(len(row)), key=lambda i: (distance[i], i))
         sums = list(itertools.accumulate(p[ranked]))
         size = next((n for n, total in enumerate(sums, 1) if total >= value), len(row))
         return [ranked.index(i) < size for i in range(len(row))]
@@ -48,6 +60,7 @@ def naive_kept(name: str, row: np.ndarray, value: float) -> list[bool]:
         st.tuples(st.just("top_k"), st.integers(1, 25)),
         st.tuples(st.just("top_p"), st.floats(0.001, 0.999)),
         st.tuples(st.just("min_p"), st.floats(0.001, 0.999)),
+        st.tuples(st.just("typical_p"), st.floats(0.001, 0.999)),
     ),
     V=st.integers(1, 20),
     seed=st.integers(0, 999),
@@ -59,6 +72,11 @@ def test_cuts_keep_what_their_definitions_do(make, cut, V, seed, step):
     p = softmax(x)
     if name == "top_p":  # a sum that falls on p can go either way
         edge = np.abs(np.cumsum(-np.sort(-p, axis=-1), axis=-1) - value).min()
+    elif name == "typical_p":  # and so can two tokens equally far from the entropy, one above it and one below
+        far = np.array([untypicality(row) for row in x])
+        sums = np.cumsum(np.take_along_axis(p, np.argsort(far, axis=-1, kind="stable"), axis=-1), axis=-1)
+        steps = [np.diff(np.sort(row)) for row in np.concatenate([far, np.full((3, 1), np.inf)], axis=-1)]
+        edge = min(np.abs(sums - value).min(), *(step[step > 0].min() for step in steps))
     else:
         edge = np.abs(p / p.max(axis=-1, keepdims=True) - value).min()
     if name != "top_k" and edge < 1e-5:
@@ -98,13 +116,49 @@ def test_of_equals_the_nucleus_takes_the_lower_ids(make):
 def test_repetition_penalty_and_bias(make):
     x, seen = np.array([[2, -2, 1, -np.inf]], np.float32), np.array([[True, True, False, True]])
     given = make(x)
-    out = np.array(sampling.repetition_penalty(given, make(seen), 2.0))
+    out = np.array(sampling.repetition_penalty(given, 2.0, make(seen)))
     np.testing.assert_array_equal(out, [[1, -4, 1, -np.inf]])
     out = np.array(sampling.logit_bias(given, {0: -1.5, 2: -math.inf}))
     np.testing.assert_array_equal(out, [[0.5, -2, -np.inf, -np.inf]])
     np.testing.assert_array_equal(np.array(given), x)  # left as it was
     with pytest.raises(ValueError, match="logit_bias: id 4, expected 0 to 3"):
         sampling.logit_bias(make(x), {4: 1.0})
+
+
+@pytest.mark.parametrize("make", ARRAYS)
+def test_a_likely_token_that_is_not_typical_is_left_out(make):
+    """Half the probability in one token: it says less than the entropy, and the many unlikely ones more."""
+    p = np.array([[0.5, 0.2, 0.1, 0.1, 0.05, 0.05]], np.float32)  # 1.47 nats of entropy; 0.2 is the closest
+    x = make(np.log(p))
+    for mass, kept in ((0.1, [1]), (0.2001, [0, 1]), (0.6, [0, 1]), (0.7001, [0, 1, 2]), (0.85, [0, 1, 2, 3])):
+        assert np.flatnonzero(np.isfinite(np.array(sampling.typical_p(x, mass)))).tolist() == kept
+
+
+@pytest.mark.parametrize("make", ARRAYS)
+def test_of_equally_typical_tokens_the_lower_ids_are_kept(make):
+    out = np.array(sampling.typical_p(make(np.zeros((2, 10), np.float32)), 0.25))
+    np.testing.assert_array_equal(np.isfinite(out), [[True] * 3 + [False] * 7] * 2)
+
+
+@pytest.mark.parametrize("make", ARRAYS)
+def test_tokens_that_are_cut_already_are_never_typical(make):
+    x = np.full((1, 300), -np.inf, np.float32)
+    x[0, [7, 250]] = [1, 1]
+    for mass, kept in ((0.3, [7]), (0.7, [7, 250]), (1 - 1e-9, [7, 250]), (1.0, [7, 250])):
+        out = np.array(sampling.typical_p(make(x), mass))
+        assert np.flatnonzero(np.isfinite(out)).tolist() == kept
+
+
+@pytest.mark.parametrize("make", ARRAYS)
+def test_the_typical_set_of_a_large_vocabulary(make):
+    x = logits_of(2, 50257, 3)
+    for mass in (0.05, 0.5, 0.95):
+        out = np.isfinite(np.array(sampling.typical_p(make(x), mass)))
+        for row, kept in zip(x, out, strict=True):
+            p, far = softmax(row), untypicality(row)
+            assert p[kept].sum() > mass - 1e-5
+            assert p[kept].sum() - p[kept][far[kept].argmax()] < mass + 1e-5
+            assert far[kept].max() <= far[~kept].min() + 2e-4  # twice the rounding of a float32 entropy
 
 
 @pytest.mark.parametrize("make", ARRAYS)
@@ -122,11 +176,20 @@ def test_the_whole_order_is_transformers(make):
         processors.TopKLogitsWarper(40),
         processors.TopPLogitsWarper(0.9),
         processors.MinPLogitsWarper(0.02),
+        processors.TypicalLogitsWarper(0.95),
     ]
     expected, ids = torch.tensor(x), torch.tensor(seen_ids)
     for process in chain:
         expected = process(ids, expected)
-    sampler = Sampler(0.7, 40, 0.9, 0.02, 1.3, {3: 5.0, 9: -4.0})
+    sampler = Sampler(
+        temperature=0.7,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.02,
+        typical_p=0.95,
+        repetition_penalty=1.3,
+        logit_bias={3: 5.0, 9: -4.0},
+    )
     out = np.array(sampler.process(make(x), make(seen)))
     assert 40 < np.isfinite(out).sum() < 160  # the later ones cut too
     np.testing.assert_allclose(out, expected.numpy(), rtol=1e-6)
@@ -136,7 +199,15 @@ def test_the_whole_order_is_transformers(make):
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-@pytest.mark.parametrize("sampler", [Sampler(1.0), Sampler(0.7, top_k=4), Sampler(1.5, top_p=0.8, min_p=0.05)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(temperature=1.0),
+        Sampler(temperature=0.7, top_k=4),
+        Sampler(temperature=1.5, top_p=0.8, min_p=0.05),
+        Sampler(temperature=1.5, typical_p=0.8),
+    ],
+)
 def test_draws_have_the_probabilities(make, sampler):
     """Chi-square of 20,000 draws: one beyond the 0.999999 quantile would be a fault, and the seed is fixed."""
     x = logits_of(1, 8, 5)
@@ -185,14 +256,14 @@ def test_no_draw_is_outside_or_of_probability_0(make, V):
 def test_a_row_of_one_possible_token(make):
     x = np.full((2, 600), -np.inf, np.float32)
     x[0, 599], x[1, 0] = 3, -1e30
-    for sampler in (Sampler(0), Sampler(), Sampler(1, 5, 0.5, 0.5)):
+    for sampler in (Sampler(temperature=0), Sampler(), Sampler(temperature=1, top_k=5, top_p=0.5, min_p=0.5)):
         assert np.array(sampler(make(x), None, np.array([0.9, 0.1]))).tolist() == [599, 0]
 
 
 @pytest.mark.parametrize("make", ARRAYS)
 def test_settings_that_change_nothing(make):
     x = logits_of(2, 50, 1)
-    neutral = Sampler(1, top_k=50, top_p=1, min_p=0, repetition_penalty=1)
+    neutral = Sampler(temperature=1, top_k=50, top_p=1, min_p=0, typical_p=1, repetition_penalty=1)
     np.testing.assert_array_equal(np.array(neutral.process(make(x))), x)
     np.testing.assert_array_equal(np.array(sampling.top_k(make(x), 1000)), x)
 
@@ -200,17 +271,20 @@ def test_settings_that_change_nothing(make):
 @pytest.mark.parametrize("make", ARRAYS)
 def test_greedy_takes_the_lowest_of_the_largest(make):
     x = np.array([[1, 3, 3, 0], [5, -np.inf, 2, 5]], np.float32)
-    for sampler in (Sampler(0), Sampler(1e-6)):
+    for sampler in (Sampler(temperature=0), Sampler(temperature=1e-6)):
         assert sampler.greedy
         tokens = sampler(make(x))
         assert np.array(tokens).tolist() == [1, 0]
         assert np.array(tokens).dtype == np.int32
         np.testing.assert_array_equal(np.array(sampler.probabilities(make(x))), [[0, 1, 0, 0], [1, 0, 0, 0]])
-    assert np.array(Sampler(0, logit_bias={3: 9.0})(make(x))).tolist() == [3, 3]
+    assert np.array(Sampler(temperature=0, logit_bias={3: 9.0})(make(x))).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-@pytest.mark.parametrize("sampler", [Sampler(0), Sampler(), Sampler(1, 2, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(temperature=0), Sampler(), Sampler(temperature=1, top_k=2, top_p=0.5, min_p=0.5)],
+)
 @pytest.mark.parametrize(("bad", "value"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_logits_that_are_no_numbers_are_refused(make, sampler, bad, value):
     x = logits_of(2, 300, 0)
@@ -233,7 +307,7 @@ def test_forbidding_every_token_is_refused():
 @pytest.mark.parametrize("make", ARRAYS)
 def test_rows_do_not_know_of_each_other(make):
     x, u = logits_of(5, 700, 4), next(sampling.uniforms(3, 5))
-    sampler = Sampler(1.2, 100, 0.95, 0.001)
+    sampler = Sampler(temperature=1.2, top_k=100, top_p=0.95, min_p=0.001)
     together = np.array(sampler(make(x), None, u))
     alone = [int(np.array(sampler(make(x[n : n + 1]), None, u[n : n + 1]))[0]) for n in range(5)]
     assert together.tolist() == alone
@@ -241,7 +315,7 @@ def test_rows_do_not_know_of_each_other(make):
 
 def test_numpy_and_mlx_draw_alike():
     x, u = logits_of(50, 400, 8), next(sampling.uniforms(5, 50))
-    sampler = Sampler(0.9, 60, 0.9)
+    sampler = Sampler(temperature=0.9, top_k=60, top_p=0.9)
     assert sampler(x, None, u).tolist() == sampler(mx.array(x), None, u).tolist()
 
 
@@ -273,6 +347,7 @@ def test_logprobs(make):
         (dict(top_p=0.0), "top_p is 0.0, expected 0 < top_p <= 1"),
         (dict(top_p=1.5), "top_p is 1.5"),
         (dict(min_p=-0.1), "min_p is -0.1, expected 0 <= min_p <= 1"),
+        (dict(typical_p=0.0), "typical_p is 0.0, expected 0 < typical_p <= 1"),
         (dict(repetition_penalty=0.0), "repetition_penalty is 0.0, expected a finite number above 0"),
         (dict(logit_bias={-1: 1.0}), "logit_bias: id is -1, expected at least 0"),
         (dict(logit_bias={1: math.nan}), "logit_bias: 1's is nan, expected a finite number, or -inf"),
@@ -287,6 +362,6 @@ def test_rules_name_the_value(settings, message):
 def test_what_a_sampler_needs_is_asked_for():
     x = np.zeros((1, 3), np.float32)
     with pytest.raises(ValueError, match="the ids seen are not given"):
-        Sampler(0, repetition_penalty=1.1)(x)
+        Sampler(temperature=0, repetition_penalty=1.1)(x)
     with pytest.raises(ValueError, match="no random numbers are given"):
-        Sampler(1)(x)
+        Sampler(temperature=1)(x)

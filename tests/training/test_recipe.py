@@ -8,6 +8,8 @@ from mlxgpt import train
 from mlxgpt.common import cli
 from mlxgpt.common.settings import from_dict, settings
 from mlxgpt.generate import SampleConfig
+from mlxgpt.generation.samples import SampleOptions
+from mlxgpt.generation.sampling import Sampler
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.training.recipe import PRESETS, TrainConfig, preset
 
@@ -42,10 +44,10 @@ def test_gpt2_presets_have_the_published_shapes():
         (TrainConfig, dict(learning_rate=1e-3, min_lr=1e-2), "min_lr is 0.01, expected 0 to learning_rate = 0.001"),
         (TrainConfig, dict(learning_rate=float("inf")), "learning_rate is inf, expected a finite number"),
         (TrainConfig, dict(seed=2**63), "seed is .*, expected 0 to "),
-        (SampleConfig, dict(model="m", seed=-1), "seed is -1"),
+        (Sampler, dict(seed=-1), "seed is -1"),
         (TrainConfig, dict(beta2=1.0), "beta2 is 1.0"),
         (SampleConfig, dict(model="m", prompt="a", prompts="f"), "prompts is 'f', expected none beside a prompt"),
-        (SampleConfig, dict(model="m", max_new_tokens=0), "max_new_tokens is 0"),
+        (SampleOptions, dict(max_new_tokens=0), "max_new_tokens is 0"),
     ],
 )
 def test_rules_of_the_loop_and_of_sampling(cls, values, message):

@@ -1,4 +1,4 @@
-"""mlxgpt.load, generate and stream: the Python interface."""
+"""mlxgpt.load, sample and stream: the Python interface."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_load_gives_the_model_and_its_tokenizer(directory):
 
 
 def test_one_prompt_gives_a_sample(loaded):
-    sample = mlxgpt.generate(*loaded, "abc", max_new_tokens=10)
+    sample = mlxgpt.sample(*loaded, "abc", max_new_tokens=10)
     assert isinstance(sample, Sample)
     assert (sample.prompt, sample.prompt_tokens, sample.finish) == ("abc", [1, 2, 3], "length")
     assert len(sample.text) == len(sample.tokens) == 10
@@ -48,21 +48,21 @@ def test_one_prompt_gives_a_sample(loaded):
 
 def test_several_prompts_give_each_what_it_gives_alone(loaded):
     prompts = ["abc", "", "defghia"]
-    together = mlxgpt.generate(*loaded, prompts, max_new_tokens=12, temperature=0)
-    alone = [mlxgpt.generate(*loaded, prompt, max_new_tokens=12, temperature=0) for prompt in prompts]
+    together = mlxgpt.sample(*loaded, prompts, max_new_tokens=12, temperature=0)
+    alone = [mlxgpt.sample(*loaded, prompt, max_new_tokens=12, temperature=0) for prompt in prompts]
     assert together == alone
-    assert mlxgpt.generate(*loaded, []) == []
+    assert mlxgpt.sample(*loaded, []) == []
 
 
 def test_each_row_draws_by_its_own_seed(loaded):
-    rows = mlxgpt.generate(*loaded, ["a"] * 3, max_new_tokens=8, seed=4)
-    assert rows[2].text == mlxgpt.generate(*loaded, "a", max_new_tokens=8, seed=6).text
+    rows = mlxgpt.sample(*loaded, ["a"] * 3, max_new_tokens=8, seed=4)
+    assert rows[2].text == mlxgpt.sample(*loaded, "a", max_new_tokens=8, seed=6).text
     assert len({row.text for row in rows}) == 3
 
 
 def test_logprobs_are_the_models(loaded):
     model, tokenizer = loaded
-    sample = mlxgpt.generate(model, tokenizer, "ab", max_new_tokens=6, logprobs=True, temperature=0.1, top_k=3)
+    sample = mlxgpt.sample(model, tokenizer, "ab", max_new_tokens=6, logprobs=True, temperature=0.1, top_k=3)
     ids = [*sample.prompt_tokens, *sample.tokens]
     logits = np.array(model(mx.array([ids], mx.int32)))[0, 1:-1, :10].astype(np.float64)
     expected = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))[np.arange(6), sample.tokens]
@@ -70,7 +70,7 @@ def test_logprobs_are_the_models(loaded):
 
 
 def test_a_stream_is_the_sample_in_pieces(loaded):
-    sample = mlxgpt.generate(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3)
+    sample = mlxgpt.sample(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3)
     pieces = list(mlxgpt.stream(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3))
     assert all(isinstance(piece, Piece) for piece in pieces)
     assert "".join(piece.text for piece in pieces) == sample.text
@@ -80,9 +80,9 @@ def test_a_stream_is_the_sample_in_pieces(loaded):
 
 
 def test_a_stop_string_ends_a_text_and_is_not_in_it(loaded):
-    whole = mlxgpt.generate(*loaded, "abc", max_new_tokens=30, seed=3)
+    whole = mlxgpt.sample(*loaded, "abc", max_new_tokens=30, seed=3)
     stop = whole.text[10:13]  # three tokens
-    cut = mlxgpt.generate(*loaded, "abc", max_new_tokens=30, seed=3, stop=stop)
+    cut = mlxgpt.sample(*loaded, "abc", max_new_tokens=30, seed=3, stop=stop)
     at = whole.text.index(stop)
     assert (cut.text, cut.finish) == (whole.text[:at], "stop")
     assert cut.tokens == whole.tokens[: at + 3]
@@ -92,22 +92,22 @@ def test_a_stop_string_ends_a_text_and_is_not_in_it(loaded):
 
 
 def test_what_was_held_back_comes_at_the_end(loaded):
-    whole = mlxgpt.generate(*loaded, "abc", max_new_tokens=12, seed=3)
+    whole = mlxgpt.sample(*loaded, "abc", max_new_tokens=12, seed=3)
     never = whole.text[-2:] + "\n\n\n\n"
     *_, last = mlxgpt.stream(*loaded, "abc", max_new_tokens=12, seed=3, stop=never)
     assert (last.text, last.finish) == (whole.text[-2:], "length")
 
 
 def test_a_full_model_ends_the_text(loaded):
-    sample = mlxgpt.generate(*loaded, ["abc", "a"], on_full="stop", stop="\n\n\n\n\n\n")
+    sample = mlxgpt.sample(*loaded, ["abc", "a"], on_full="stop", stop="\n\n\n\n\n\n")
     assert [row.finish for row in sample] == ["full", "full"]
     assert [len(row.tokens) for row in sample] == [14, 16]  # the last one is not put in again
     pieces = list(mlxgpt.stream(*loaded, "abc", on_full="stop"))
     assert [piece.finish for piece in pieces] == [None] * 13 + ["full"]
     assert "".join(piece.text for piece in pieces) == sample[0].text
     with pytest.raises(ValueError, match="prompt: 17 tokens, at most block_size = 16"):
-        mlxgpt.generate(*loaded, "a" * 17, on_full="stop")
-    assert len(mlxgpt.generate(*loaded, "a" * 17, max_new_tokens=5).text) == 5
+        mlxgpt.sample(*loaded, "a" * 17, on_full="stop")
+    assert len(mlxgpt.sample(*loaded, "a" * 17, max_new_tokens=5).text) == 5
 
 
 def biased(tokenizer: BPETokenizer) -> GPT:
@@ -119,17 +119,17 @@ def biased(tokenizer: BPETokenizer) -> GPT:
 
 def test_end_of_text_ends_it():
     tokenizer = BPETokenizer.gpt2()
-    sample = mlxgpt.generate(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
+    sample = mlxgpt.sample(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
     assert (sample.text, sample.tokens, sample.finish) == ("", [], "end_of_text")
     (piece,) = mlxgpt.stream(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
     assert piece == Piece("", 50256, None, "end_of_text")
     with pytest.raises(ValueError, match="logit_bias: id 50257, expected 0 to 50256"):  # padding
-        mlxgpt.generate(biased(tokenizer), tokenizer, "Hi", logit_bias={50257: 1.0})
+        mlxgpt.sample(biased(tokenizer), tokenizer, "Hi", logit_bias={50257: 1.0})
 
 
 def test_an_empty_prompt_starts_from_end_of_text():
     tokenizer = BPETokenizer.gpt2()
-    sample = mlxgpt.generate(biased(tokenizer), tokenizer, "", max_new_tokens=1)
+    sample = mlxgpt.sample(biased(tokenizer), tokenizer, "", max_new_tokens=1)
     assert sample.prompt_tokens == [50256]
 
 
@@ -145,7 +145,7 @@ def test_a_part_of_a_character_waits():
 
 def test_padding_is_never_drawn(loaded):
     model, tokenizer = loaded
-    sample = mlxgpt.generate(model, tokenizer, "a", max_new_tokens=300, temperature=1000.0)
+    sample = mlxgpt.sample(model, tokenizer, "a", max_new_tokens=300, temperature=1000.0)
     assert set(sample.tokens) == set(range(10))
 
 
@@ -160,28 +160,32 @@ def test_padding_is_never_drawn(loaded):
     ],
 )
 def test_rules_name_the_value(loaded, settings, message):
-    for function in (mlxgpt.generate, mlxgpt.stream):
+    for function in (mlxgpt.sample, mlxgpt.stream):
         with pytest.raises(ValueError, match=message):
             function(*loaded, "a", **settings)
     with pytest.raises(ValueError, match="prompt: character 'é' at position 0"):
-        mlxgpt.generate(*loaded, "é")
-    with pytest.raises(TypeError, match="temprature"):
-        mlxgpt.generate(*loaded, "a", temprature=1)
+        mlxgpt.sample(*loaded, "é")
+
+
+def test_an_unknown_option_is_named_with_the_nearest(loaded):
+    for function in (mlxgpt.sample, mlxgpt.stream):
+        for name, hint in (("temprature", "temperature"), ("max_tokens", "max_new_tokens"), ("stopp", "stop")):
+            with pytest.raises(TypeError, match=rf"unknown option '{name}' \(did you mean '{hint}'\?\)"):
+                function(*loaded, "a", **{name: 1})
 
 
 @pytest.mark.parametrize(
     "code",
     [
-        "import mlxgpt; print(mlxgpt.generate(*mlxgpt.load(m), 'a', **s)); import mlxgpt.generate as g; g.main",
-        "import mlxgpt.generate; print(mlxgpt.generate(*mlxgpt.load(m), 'a', **s)); mlxgpt.generate.main",
-        "from mlxgpt import generate; generate.main; import mlxgpt; print(generate(*mlxgpt.load(m), 'a', **s))",
-        "from mlxgpt.generate import generate, load, main; print(generate(*load(m), 'a', **s))",
+        "import mlxgpt; print(mlxgpt.sample(*mlxgpt.load(m), 'a', **s)); import mlxgpt.generate as g; g.main",
+        "import mlxgpt.generate; print(mlxgpt.sample(*mlxgpt.load(m), 'a', **s)); mlxgpt.generate.main",
+        "from mlxgpt import generate, load, sample; generate.main; print(sample(*load(m), 'a', **s))",
         "from mlxgpt import load, stream; print(''.join(p.text for p in stream(*load(m), 'a', **s)))",
     ],
 )
-def test_the_module_is_the_function_in_any_order(run_python, directory, loaded, code):
+def test_the_functions_and_the_command_can_be_imported_in_any_order(run_python, directory, loaded, code):
     result = run_python("-c", f"m, s = {str(directory)!r}, dict(max_new_tokens=5, temperature=0); {code}")
-    expected = mlxgpt.generate(*loaded, "a", max_new_tokens=5, temperature=0).text + "\n"
+    expected = mlxgpt.sample(*loaded, "a", max_new_tokens=5, temperature=0).text + "\n"
     assert (result.returncode, result.stdout, result.stderr) == (0, expected, "")
 
 
