@@ -115,9 +115,11 @@ class KVCache:
 
     def _grow(self, n: int) -> None:
         """Makes MLX's arrays long enough for n positions."""
-        self._capacity = max(self._capacity, min(self.block_size, -(-n // _GROWTH) * _GROWTH))
-        for layer in self.layers:
-            layer.grow(self._capacity)
+        capacity = min(self.block_size, -(-n // _GROWTH) * _GROWTH)
+        if capacity > self._capacity:
+            self._capacity = capacity
+            for layer in self.layers:
+                layer.grow(capacity)
 
     def advance(self, T: int) -> None:
         """Counts T more positions of every sequence, when all layers have written them."""
