@@ -15,6 +15,8 @@ import mlx.core as mx
 import pytest
 
 from mlxgpt import generate
+from mlxgpt.common import cli
+from mlxgpt.common.settings import settings
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from mlxgpt.formats import model_directory
 from mlxgpt.model.config import GPTConfig
@@ -113,6 +115,24 @@ def test_bad_input_is_one_line(directory, args, status, message):
     assert (result.returncode, result.stdout) == (status, "")
     (line,) = result.stderr.splitlines()
     assert message in line
+
+
+def test_a_bad_value_is_named_as_in_python(directory):
+    """Although the sampler's settings stand in a dataclass within a dataclass within the command's."""
+    with pytest.raises(cli.UsageError, match=r"^temperature is -1\.0, expected at least 0$"):
+        generate.main(["--model", str(directory), "--temperature", "-1"])
+    with pytest.raises(cli.UsageError, match=r"^draft_tokens is 0, expected at least 1$"):
+        generate.main(["--model", str(directory), "--draft_tokens", "0"])
+    with pytest.raises(cli.UsageError, match=r"^logit_bias is '3', expected ID:BIAS,ID:BIAS$"):
+        generate.main(["--model", str(directory), "--logit_bias", "3"])
+
+
+def test_every_setting_is_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    text = capsys.readouterr().out
+    for name in settings(generate.SampleConfig):
+        assert f"--{name}" in text
 
 
 def test_a_closed_pipe_ends_the_command_without_a_message(directory):
