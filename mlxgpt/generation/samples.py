@@ -116,8 +116,7 @@ def sample(
 ) -> Sample | list[Sample]:
     """Continues a prompt, or several prompts as one batch: a Sample for one text, a list of Samples for several.
 
-    options are the fields of SampleOptions (max_new_tokens, stop, on_full, draft_tokens, logprobs) and of
-    sampling.Sampler (temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed).
+    options are the fields of SampleOptions and of sampling.Sampler, such as max_new_tokens, stop and temperature.
     draft: a smaller model of the same vocabulary, which proposes tokens for a single prompt.
     An empty prompt starts from the end-of-text token, or from a line break where tokens are characters.
     TypeError for an unknown option; ValueError for a value out of its range, and for text that the tokenizer can't
