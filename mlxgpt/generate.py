@@ -54,6 +54,7 @@ class SampleConfig:
     """auto takes the GPU where MLX has one"""
 
     sampling: SampleOptions = field(default_factory=SampleOptions)
+    """how a sample is made, and what ends it"""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_samples", "batch_size")

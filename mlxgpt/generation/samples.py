@@ -46,6 +46,7 @@ class SampleOptions:
     logprobs: bool = False
     """give each token's log-probability by the model, before temperature and the like"""
     sampler: Sampler = field(default_factory=Sampler)
+    """how the next token is chosen: these settings change the logits in this order, then a token is drawn"""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_new_tokens", "draft_tokens")
