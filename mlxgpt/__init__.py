@@ -43,7 +43,7 @@ __all__ = ["load", "sample", "stream"]
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, imported when a name of it is first used: `import mlxgpt` alone takes no time."""
+    """The functions of the Python interface. Their module is imported when one of them is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(".generation.samples", __name__), name)

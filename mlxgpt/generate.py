@@ -1,4 +1,4 @@
-"""python -m mlxgpt.generate: samples text from a model directory."""
+"""python -m mlxgpt.generate: samples text from a model directory, and prints it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .model.gpt import GPT
 
 PROG = "mlxgpt.generate"
 
-_imported = time.perf_counter()
+_imported_at = time.perf_counter()
 
 
 @tyro.conf.configure(tyro.conf.UseAppendAction)  # --stop may be given several times
@@ -54,6 +54,7 @@ class SampleConfig:
     """auto takes the GPU where MLX has one"""
 
     sampling: SampleOptions = field(default_factory=SampleOptions)
+    """how a sample is made, and what ends it"""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_samples", "batch_size")
@@ -70,7 +71,7 @@ def main(args: Sequence[str]) -> None:
     options = replace(config.sampling, stop=stop)
     prompts = _prompts(config)
     model, tokenizer = load(config.model, config.device)
-    draft = _draft(config, tokenizer)
+    draft = _load_draft(config, tokenizer)
     samples = [
         empty_sample(model, tokenizer, prompt, options, name)
         for name, prompt in prompts.items()
@@ -100,17 +101,17 @@ def main(args: Sequence[str]) -> None:
 
 
 def _prompts(config: SampleConfig) -> dict[str, str]:
-    """The prompts by the names that messages give them."""
+    """The prompts, by the names that error messages call them."""
     if not config.prompts:
-        return {"prompt": _read("prompt", "-").removesuffix("\n") if config.prompt == "-" else config.prompt}
-    text = _read("prompts", config.prompts)
+        return {"prompt": _read_text("prompt", "-").removesuffix("\n") if config.prompt == "-" else config.prompt}
+    text = _read_text("prompts", config.prompts)
     if not text:
         raise ValueError(f"prompts: {config.prompts} is empty, expected a prompt a line")
     return {f"prompts: line {n}": line for n, line in enumerate(text.removesuffix("\n").split("\n"), 1)}
 
 
-def _read(setting: str, name: str) -> str:
-    """A text file, or standard input for -, with \\n for its line ends."""
+def _read_text(setting: str, name: str) -> str:
+    """The text of a file, or of standard input for -, with every line end as \\n. ValueError for bytes not UTF-8."""
     content = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
     try:
         return content.decode("utf-8").replace("\r\n", "\n")
@@ -119,11 +120,12 @@ def _read(setting: str, name: str) -> str:
         raise ValueError(f"{setting}: {where} is not UTF-8 at byte {error.start}") from None
 
 
-def _draft(config: SampleConfig, tokenizer: Tokenizer) -> GPT | None:
+def _load_draft(config: SampleConfig, tokenizer: Tokenizer) -> GPT | None:
+    """The draft model, if one is asked for. ValueError for another vocabulary than the tokenizer's."""
     if not config.draft:
         return None
-    draft, other = load_named(Path(config.draft), "draft")
-    if _vocabulary(other) != _vocabulary(tokenizer):
+    draft, draft_tokenizer = load_named(Path(config.draft), "draft")
+    if _vocabulary(draft_tokenizer) != _vocabulary(tokenizer):
         raise ValueError(f"draft: {config.draft} has another vocabulary than {config.model}")
     return draft
 
@@ -165,7 +167,7 @@ _ESCAPES = {"n": b"\n", "t": b"\t", "r": b"\r", "0": b"\0", "\\": b"\\", "'": b"
 
 
 def _unescaped(text: str) -> str:
-    """A stop string with its escapes read: those above, and \\xHH for a byte of UTF-8."""
+    """A stop string with its escapes replaced: those in _ESCAPES, and \\xHH for a byte of UTF-8."""
 
     def byte(match: re.Match[bytes]) -> bytes:
         escape = match[1].decode("utf-8", "replace")
@@ -184,6 +186,7 @@ def _unescaped(text: str) -> str:
 
 
 def _warn_of_cropped_prompts(samples: Sequence[Sample], names: Iterable[str], model: GPT) -> None:
+    """Says on standard error which prompts are longer than block_size."""
     size = model.config.block_size
     for sample, name in zip(samples, names, strict=True):
         if (length := len(sample.prompt_tokens)) > size:
@@ -191,44 +194,44 @@ def _warn_of_cropped_prompts(samples: Sequence[Sample], names: Iterable[str], mo
 
 
 class _Output:
-    """What is printed, and when: the first sample of a prompt as it comes, all others when their batch is done."""
+    """Prints samples: of one prompt, the first token by token, and all other samples when their batch is done."""
 
     def __init__(self, config: SampleConfig, tokenizer: Tokenizer, n_samples: int) -> None:
         self._config, self._tokenizer, self._n_samples = config, tokenizer, n_samples
-        self._as_it_comes = not config.json and not config.prompts
-        self._shown = 0  # samples
-        self._written = 0  # characters of the sample that is shown as it comes
+        self._streams = not config.json and not config.prompts
+        self._n_printed = 0  # samples
+        self._n_streamed = 0  # characters already printed of the sample that is streamed
 
     def follow(self, batch: SampleBatch) -> None:
-        """Runs a batch to its end."""
-        if self._as_it_comes and not self._shown:
+        """Draws all tokens of a batch, and prints or counts them as they come."""
+        if self._streams and not self._n_printed:
             sys.stdout.write(batch.samples[0].prompt)
             sys.stdout.flush()
             for row, piece in batch:
                 if row == 0 and piece.text:
                     sys.stdout.write(piece.text)
-                    self._written += len(piece.text)
+                    self._n_streamed += len(piece.text)
                     sys.stdout.flush()
         else:
-            last = self._shown + len(batch.samples)
+            last = self._n_printed + len(batch.samples)
             with progress(f"sample {last} of {self._n_samples}", self._config.sampling.max_new_tokens) as advance:
                 for row, _ in batch:
                     if row == 0:
                         advance(1)
 
     def show(self, batch: SampleBatch) -> None:
-        """Prints a batch that has ended, as far as it isn't printed yet."""
+        """Prints what is not printed yet of a batch that has ended."""
         for sample in batch.samples:
             if self._config.json:
                 print(json.dumps(self._record(batch, sample)))
             else:
-                if self._shown:
+                if self._n_printed:
                     print("---------------")
-                streamed = self._as_it_comes and not self._shown
-                print(sample.text[self._written :] if streamed else sample.prompt + sample.text)
+                is_streamed = self._streams and not self._n_printed
+                print(sample.text[self._n_streamed :] if is_streamed else sample.prompt + sample.text)
                 for token, logprob in zip(sample.tokens, sample.logprobs or (), strict=False):
-                    print(f"{logprob:9.4f}  {self._name(token)}")
-            self._shown += 1
+                    print(f"{logprob:9.4f}  {self._token_text(token)}")
+            self._n_printed += 1
         sys.stdout.flush()
 
     def _record(self, batch: SampleBatch, sample: Sample) -> dict[str, Any]:
@@ -236,14 +239,14 @@ class _Output:
         if sample.logprobs is not None:
             record["logprobs"] = sample.logprobs
         record["finish"] = sample.finish
-        if self._config.verbose:
+        if self._config.verbose:  # the times are of the whole batch
             record["prompt_tokens"] = len(sample.prompt_tokens)
             record["seconds_to_first_token"] = batch.first_token_at - batch.started_at
-            record["seconds"] = batch.last_token_at - batch.started_at  # of the whole batch
+            record["seconds"] = batch.last_token_at - batch.started_at
         return record
 
-    def _name(self, token: int) -> str:
-        """A token as Python writes its text, or its bytes where they are only a part of a character."""
+    def _token_text(self, token: int) -> str:
+        """The repr of a token's text, or of its bytes where they are not whole characters."""
         content = self._tokenizer.token_bytes(token)
         try:
             return repr(content.decode("utf-8"))
@@ -252,25 +255,25 @@ class _Output:
 
 
 class _Times:
-    """What --verbose says at the end, of all batches."""
+    """The numbers of tokens and the times of all batches, which --verbose prints at the end."""
 
     def __init__(self) -> None:
         self._prompt_tokens = self._tokens = 0
-        self._to_first: tuple[float, float] | None = None  # seconds from the process's start and from the prompt's
-        self._seconds = 0.0  # of tokens after the first of each row, and how many they are
-        self._after_first = 0
+        # seconds to the first token, from the start of the process and from the start of the first batch
+        self._to_first: tuple[float, float] | None = None
+        self._tokens_after_first, self._seconds_after_first = 0, 0.0  # without the first token of each sample
 
     def add(self, batch: SampleBatch) -> None:
         self._prompt_tokens += sum(len(sample.prompt_tokens) for sample in batch.samples)
         if self._to_first is None and batch.first_token_at > batch.started_at:
             self._to_first = batch.first_token_at - _process_start(), batch.first_token_at - batch.started_at
         self._tokens += sum(len(sample.tokens) for sample in batch.samples)
-        self._after_first += sum(max(len(sample.tokens) - 1, 0) for sample in batch.samples)
-        self._seconds += batch.last_token_at - batch.first_token_at
+        self._tokens_after_first += sum(max(len(sample.tokens) - 1, 0) for sample in batch.samples)
+        self._seconds_after_first += batch.last_token_at - batch.first_token_at
 
     def show(self) -> None:
         from_start, from_prompt = self._to_first or (float("nan"), float("nan"))
-        speed = self._after_first / self._seconds if self._seconds else float("nan")
+        speed = self._tokens_after_first / self._seconds_after_first if self._seconds_after_first else float("nan")
         memory = peak_memory() // 10**6
         print(
             f"{PROG}: {self._prompt_tokens} prompt tokens; first token {from_start:.3f} s after the start, "
@@ -281,13 +284,14 @@ class _Times:
 
 
 def _process_start() -> float:
-    """When this process began, on time.perf_counter's clock; where that isn't told, when this module was imported."""
+    """The time at which this process started, on time.perf_counter's clock; where the system doesn't tell it, the
+    time at which this module was imported."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, ValueError, IndexError):
-            ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
+            ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # from the machine's start
             age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
             return time.perf_counter() - age
-    return _imported
+    return _imported_at
 
 
 if __name__ == "__main__":

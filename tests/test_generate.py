@@ -15,8 +15,10 @@ import mlx.core as mx
 import pytest
 
 from mlxgpt import generate
+from mlxgpt.common import cli
+from mlxgpt.common.settings import settings
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
-from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.formats import model_directory
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
@@ -27,7 +29,7 @@ def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "m"
     model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=8))
     model.wte.weight = mx.random.normal((12, 8), scale=0.5)
-    checkpoint.save_model(path, model, CharTokenizer("\nabcdefghi"))  # two ids of padding
+    model_directory.save_model(path, model, CharTokenizer("\nabcdefghi"))  # two ids of padding
     return path
 
 
@@ -36,7 +38,7 @@ def text(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_prompt_goes_on(capsys, directory):
+def test_the_prompt_is_continued(capsys, directory):
     out = text(capsys, "--model", directory, "--prompt", "abc", "--max_new_tokens", 40)
     assert out.startswith("abc")
     assert len(out) == 3 + 40 + 1  # past block_size, and a line break at the end
@@ -52,7 +54,7 @@ def test_greedy_and_top_k_1_agree(capsys, directory):
     assert text(capsys, *flags, "--temperature", 0) == text(capsys, *flags, "--top_k", 1)
 
 
-def test_samples_differ_and_are_set_apart(capsys, directory):
+def test_samples_differ_and_have_a_line_between_them(capsys, directory):
     out = text(capsys, "--model", directory, "--num_samples", 3, "--max_new_tokens", 20)
     samples = out.split("\n---------------\n")
     assert len(samples) == len(set(samples)) == 3
@@ -67,14 +69,14 @@ def test_end_of_text_ends_the_sample_and_is_not_printed(capsys, tmp_path):
     model.ln_f.weight = mx.zeros((4,))
     model.ln_f.bias = mx.ones((4,))
     model.wte.weight[50256] = 1  # always the most likely
-    checkpoint.save_model(tmp_path / "m", model, BPETokenizer.gpt2())
+    model_directory.save_model(tmp_path / "m", model, BPETokenizer.gpt2())
     out = text(capsys, "--model", tmp_path / "m", "--prompt", "Hello", "--temperature", 0)
     assert out == "Hello\n"
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4))
-    checkpoint.save_model(tmp_path / "m", model, CharTokenizer("abcd"))
+    model_directory.save_model(tmp_path / "m", model, CharTokenizer("abcd"))
     with pytest.raises(ValueError, match="its tokenizer has 4 ids, its model vocab_size = 3"):
         generate.main(["--model", str(tmp_path / "m")])
 
@@ -115,7 +117,25 @@ def test_bad_input_is_one_line(directory, args, status, message):
     assert message in line
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(directory):
+def test_a_bad_value_is_named_as_in_python(directory):
+    """Although the sampler's settings stand in a dataclass within a dataclass within the command's."""
+    with pytest.raises(cli.UsageError, match=r"^temperature is -1\.0, expected at least 0$"):
+        generate.main(["--model", str(directory), "--temperature", "-1"])
+    with pytest.raises(cli.UsageError, match=r"^draft_tokens is 0, expected at least 1$"):
+        generate.main(["--model", str(directory), "--draft_tokens", "0"])
+    with pytest.raises(cli.UsageError, match=r"^logit_bias is '3', expected ID:BIAS,ID:BIAS$"):
+        generate.main(["--model", str(directory), "--logit_bias", "3"])
+
+
+def test_every_setting_is_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    text = capsys.readouterr().out
+    for name in settings(generate.SampleConfig):
+        assert f"--{name}" in text
+
+
+def test_a_closed_pipe_ends_the_command_without_a_message(directory):
     command = f"{sys.executable} -m mlxgpt.generate --model {directory} --max_new_tokens 100000 | head -c 20"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=60)
     assert len(result.stdout) == 20
@@ -124,7 +144,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(directory):
 
 @pytest.fixture
 def command(directory):
-    """Runs the command as a user does: (stdout, stderr) of it."""
+    """Runs the command in a process of its own -> its stdout and stderr."""
 
     def run(*args: object, text_in: str = "", status: int = 0) -> tuple[str, str]:
         words = [sys.executable, "-m", "mlxgpt.generate", "--model", str(directory), *map(str, args)]
@@ -144,12 +164,12 @@ def test_standard_input_is_the_prompt(capsys, directory, command):
 
 def test_a_prompt_may_look_like_a_flag(capsys, tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
-    checkpoint.save_model(tmp_path / "m", model, CharTokenizer("\n-=ab"))
+    model_directory.save_model(tmp_path / "m", model, CharTokenizer("\n-=ab"))
     out = text(capsys, "--model", tmp_path / "m", "--prompt", "--a=b", "--max_new_tokens", 1, "--stop", "--")
     assert out.startswith("--a=b")
 
 
-def test_stop_strings_with_escapes_and_more_than_one(capsys, directory):
+def test_several_stop_strings_with_escapes(capsys, directory):
     flags = ("--model", directory, "--prompt", "abc", "--max_new_tokens", 200, "--seed", 3)
     whole = text(capsys, *flags)[3:]
     stops = ["\n", whole[20:23]]
@@ -176,7 +196,7 @@ def test_json_of_several_samples(capsys, directory):
     assert 0 < line["seconds_to_first_token"] < line["seconds"]
 
 
-def test_logprobs_stand_below_the_sample(capsys, directory):
+def test_logprobs_are_printed_below_the_sample(capsys, directory):
     flags = ("--model", directory, "--prompt", "ab", "--max_new_tokens", 3, "--logprobs")
     sample, *tokens = text(capsys, *flags).rsplit("\n", 4)[:4]
     assert [eval(line.split()[1]) for line in tokens] == list(sample[2:])
@@ -184,7 +204,7 @@ def test_logprobs_stand_below_the_sample(capsys, directory):
     assert [float(row.split()[0]) for row in tokens] == pytest.approx(line["logprobs"], abs=1e-4)
 
 
-def test_a_file_of_prompts_whatever_the_batches(capsys, directory, tmp_path):
+def test_a_file_of_prompts_gives_the_same_samples_in_any_batch_size(capsys, directory, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"abc\r\n\ndef\nabcdefghi\n")
     flags = (
@@ -218,7 +238,7 @@ def test_a_bad_prompt_is_named_by_its_line(directory, tmp_path):
         generate.main(["--model", str(directory), "--prompts", str(file)])
 
 
-def test_a_long_prompt_is_told_of(capsys, directory):
+def test_a_cropped_prompt_is_reported(capsys, directory):
     generate.main(["--model", str(directory), "--prompt", "a" * 11, "--max_new_tokens", "2"])
     error = capsys.readouterr().err
     assert error == "mlxgpt.generate: prompt: of 11 tokens the model sees the last 8 (block_size)\n"
@@ -236,11 +256,11 @@ def test_verbose_ends_with_times_on_standard_error(command):
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",), ("--json", "--num_samples", "2")])
-def test_ctrl_c_leaves_what_is_there_and_a_clean_line(directory, flags):
+def test_ctrl_c_prints_the_samples_so_far(directory, flags):
     words = [sys.executable, "-u", "-m", "mlxgpt.generate", "--model", str(directory), "--prompt", "abc", *flags]
-    master, terminal = pty.openpty()  # the bar on standard error shows that tokens come
+    master, terminal = pty.openpty()  # the progress bar on standard error shows that sampling has begun
     words += ["--max_new_tokens", "10000000"]
-    # A shell lets what it starts in the background ignore Ctrl-C, and the tests with it.
+    # A process that a shell starts in the background ignores Ctrl-C, and these tests may be one.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, text=True)
@@ -267,7 +287,7 @@ def test_ctrl_c_leaves_what_is_there_and_a_clean_line(directory, flags):
 
 def test_a_draft_of_another_vocabulary_is_refused(directory, tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=1, n_embd=4))
-    checkpoint.save_model(tmp_path / "m", model, CharTokenizer("\nabcdefgh!"))
+    model_directory.save_model(tmp_path / "m", model, CharTokenizer("\nabcdefgh!"))
     with pytest.raises(ValueError, match=r"draft: .* has another vocabulary than "):
         generate.main(["--model", str(directory), "--draft", str(tmp_path / "m")])
 

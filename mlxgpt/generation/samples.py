@@ -46,6 +46,7 @@ class SampleOptions:
     logprobs: bool = False
     """give each token's log-probability by the model, before temperature and the like"""
     sampler: Sampler = field(default_factory=Sampler)
+    """how the next token is chosen: these settings change the logits in this order, then a token is drawn"""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_new_tokens", "draft_tokens")
@@ -116,8 +117,7 @@ def sample(
 ) -> Sample | list[Sample]:
     """Continues a prompt, or several prompts as one batch: a Sample for one text, a list of Samples for several.
 
-    options are the fields of SampleOptions (max_new_tokens, stop, on_full, draft_tokens, logprobs) and of
-    sampling.Sampler (temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed).
+    options are the fields of SampleOptions and of sampling.Sampler, such as max_new_tokens, stop and temperature.
     draft: a smaller model of the same vocabulary, which proposes tokens for a single prompt.
     An empty prompt starts from the end-of-text token, or from a line break where tokens are characters.
     TypeError for an unknown option; ValueError for a value out of its range, and for text that the tokenizer can't

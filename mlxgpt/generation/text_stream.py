@@ -1,4 +1,4 @@
-"""The text of tokens as they come, as far as it is certain."""
+"""From tokens to text, one token at a time, with stop strings."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """Turns tokens into text piece by piece, and ends it at a stop string.
+    """Turns tokens into text piece by piece, and ends the text at a stop string.
 
-    Held back are a character's bytes until its last one is there, and what may be the beginning of a stop string
-    until it can't become one. A stop string is found across tokens, and is never part of the text. Of two that
-    overlap the one that is complete first counts, so the text does not depend on how it is cut into tokens.
+    It holds back the bytes of a character until the last one has come, and what may be the beginning of a stop string
+    until it can't become one. A stop string may extend over several tokens, and is never part of the text. If two
+    overlap, the one that is complete first counts, so the text does not depend on how it is cut into tokens.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
         """token_bytes: the UTF-8 bytes of a token. stop: strings, none of them empty."""
-        self.stopped = False  # a stop string has come
+        self.stopped = False  # whether a stop string has come
         self._token_bytes, self._stop = token_bytes, tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # a stop string's beginning, so shorter than the longest
+        self._held = ""  # what may be the beginning of a stop string, shorter than the longest one
 
     def push(self, token: int) -> str:
-        """The text that one more token makes certain."""
-        return self._more(self._utf8.decode(self._token_bytes(token)))
+        """Adds a token -> the text that is certain now and was not before."""
+        return self._add(self._utf8.decode(self._token_bytes(token)))
 
     def close(self) -> str:
-        """The rest, once nothing more comes; bytes that are no whole character become U+FFFD."""
-        text = self._more(self._utf8.decode(b"", final=True)) + self._held
+        """Ends the tokens -> the text held back. Bytes that are not a whole character become U+FFFD."""
+        text = self._add(self._utf8.decode(b"", final=True)) + self._held
         self._held = ""
         return text
 
-    def _more(self, text: str) -> str:
+    def _add(self, text: str) -> str:
         text = self._held + text
         self._held = ""
         if self.stopped:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from mlxgpt.cpu import extension
-from mlxgpt.formats import gpt2, quantized
-from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.formats import gpt2, model_directory, quantized
 from mlxgpt.generation.decoding import Decoder
 from mlxgpt.generation.sampling import Sampler
 from mlxgpt.model import ops
@@ -106,12 +105,12 @@ def test_weights_in_low_precision_are_computed_with_as_they_are_stored(backend, 
         weights = {f"model.{name}": p for name, p in weights.items()}
     (tmp_path / "config.json").write_bytes(gpt2.config_json(model.config, quantization=quantization))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
-    low = checkpoint.load_model(tmp_path, dtype=None)
+    low = model_directory.load_model(tmp_path, dtype=None)
     stays = bits < 16 and (bits != 3 or backend == "mlx")
     assert ("h.0.mlp.c_fc.scales" in low.named_weights()) == stays
     ids = mx.array(np.random.default_rng(0).integers(0, V, (2, T)), mx.int32)
     assert low(ids, KVCache(2, T, 2, low.head.dtype)).dtype == (dtype if backend == "mlx" else mx.float32)
-    exact = np.array(checkpoint.load_model(tmp_path)(ids))
+    exact = np.array(model_directory.load_model(tmp_path)(ids))
     for T_step in (1, 6):
         cache = KVCache(2, T, 2, low.head.dtype)
         parts = [low(ids[:, at : at + T_step], cache).astype(mx.float32) for at in range(0, T, T_step)]

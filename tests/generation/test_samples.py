@@ -1,4 +1,4 @@
-"""mlxgpt.load, sample and stream: the Python interface."""
+"""The Python interface: mlxgpt.load, mlxgpt.sample and mlxgpt.stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 import mlxgpt
 from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
-from mlxgpt.formats import model_directory as checkpoint
+from mlxgpt.formats import model_directory
 from mlxgpt.generation.samples import Piece, Sample
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
@@ -20,7 +20,7 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "m"
     model = GPT(GPTConfig(block_size=16, vocab_size=12, n_layer=1, n_head=2, n_embd=8))
     model.wte.weight = mx.random.normal((12, 8), scale=0.5)
-    checkpoint.save_model(path, model, CharTokenizer("\nabcdefghi"))  # two ids of padding
+    model_directory.save_model(path, model, CharTokenizer("\nabcdefghi"))  # two ids of padding
     return path
 
 
@@ -46,7 +46,7 @@ def test_one_prompt_gives_a_sample(loaded):
     assert sample.logprobs is None
 
 
-def test_several_prompts_give_each_what_it_gives_alone(loaded):
+def test_prompts_in_a_batch_give_the_samples_that_they_give_alone(loaded):
     prompts = ["abc", "", "defghia"]
     together = mlxgpt.sample(*loaded, prompts, max_new_tokens=12, temperature=0)
     alone = [mlxgpt.sample(*loaded, prompt, max_new_tokens=12, temperature=0) for prompt in prompts]
@@ -54,7 +54,7 @@ def test_several_prompts_give_each_what_it_gives_alone(loaded):
     assert mlxgpt.sample(*loaded, []) == []
 
 
-def test_each_row_draws_by_its_own_seed(loaded):
+def test_row_n_draws_with_seed_plus_n(loaded):
     rows = mlxgpt.sample(*loaded, ["a"] * 3, max_new_tokens=8, seed=4)
     assert rows[2].text == mlxgpt.sample(*loaded, "a", max_new_tokens=8, seed=6).text
     assert len({row.text for row in rows}) == 3
@@ -69,7 +69,7 @@ def test_logprobs_are_the_models(loaded):
     np.testing.assert_allclose(sample.logprobs, expected, rtol=1e-4)
 
 
-def test_a_stream_is_the_sample_in_pieces(loaded):
+def test_the_pieces_of_a_stream_make_the_sample(loaded):
     sample = mlxgpt.sample(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3)
     pieces = list(mlxgpt.stream(*loaded, "abc", max_new_tokens=9, logprobs=True, seed=3))
     assert all(isinstance(piece, Piece) for piece in pieces)
@@ -79,7 +79,7 @@ def test_a_stream_is_the_sample_in_pieces(loaded):
     assert [piece.finish for piece in pieces] == [None] * 8 + ["length"]
 
 
-def test_a_stop_string_ends_a_text_and_is_not_in_it(loaded):
+def test_a_stop_string_ends_a_text_and_is_left_out(loaded):
     whole = mlxgpt.sample(*loaded, "abc", max_new_tokens=30, seed=3)
     stop = whole.text[10:13]  # three tokens
     cut = mlxgpt.sample(*loaded, "abc", max_new_tokens=30, seed=3, stop=stop)
@@ -91,17 +91,17 @@ def test_a_stop_string_ends_a_text_and_is_not_in_it(loaded):
     assert pieces[-1].finish == "stop"
 
 
-def test_what_was_held_back_comes_at_the_end(loaded):
+def test_text_held_back_comes_with_the_last_piece(loaded):
     whole = mlxgpt.sample(*loaded, "abc", max_new_tokens=12, seed=3)
     never = whole.text[-2:] + "\n\n\n\n"
     *_, last = mlxgpt.stream(*loaded, "abc", max_new_tokens=12, seed=3, stop=never)
     assert (last.text, last.finish) == (whole.text[-2:], "length")
 
 
-def test_a_full_model_ends_the_text(loaded):
+def test_a_text_may_end_when_all_positions_are_taken(loaded):
     sample = mlxgpt.sample(*loaded, ["abc", "a"], on_full="stop", stop="\n\n\n\n\n\n")
     assert [row.finish for row in sample] == ["full", "full"]
-    assert [len(row.tokens) for row in sample] == [14, 16]  # the last one is not put in again
+    assert [len(row.tokens) for row in sample] == [14, 16]  # the last token takes no position
     pieces = list(mlxgpt.stream(*loaded, "abc", on_full="stop"))
     assert [piece.finish for piece in pieces] == [None] * 13 + ["full"]
     assert "".join(piece.text for piece in pieces) == sample[0].text
@@ -110,35 +110,37 @@ def test_a_full_model_ends_the_text(loaded):
     assert len(mlxgpt.sample(*loaded, "a" * 17, max_new_tokens=5).text) == 5
 
 
-def biased(tokenizer: BPETokenizer) -> GPT:
-    """A model whose logits are all alike, whatever it reads, so that a bias decides."""
+def equal_logits(tokenizer: BPETokenizer) -> GPT:
+    """A model whose logits are all equal for any input, so that logit_bias decides."""
     model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
     model.ln_f.weight, model.ln_f.bias = mx.zeros((4,)), mx.zeros((4,))
     return model
 
 
-def test_end_of_text_ends_it():
+def test_end_of_text_ends_a_sample():
     tokenizer = BPETokenizer.gpt2()
-    sample = mlxgpt.sample(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
+    sample = mlxgpt.sample(equal_logits(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
     assert (sample.text, sample.tokens, sample.finish) == ("", [], "end_of_text")
-    (piece,) = mlxgpt.stream(biased(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
+    (piece,) = mlxgpt.stream(equal_logits(tokenizer), tokenizer, "Hi", logit_bias={50256: 1.0}, temperature=0)
     assert piece == Piece("", 50256, None, "end_of_text")
     with pytest.raises(ValueError, match="logit_bias: id 50257, expected 0 to 50256"):  # padding
-        mlxgpt.sample(biased(tokenizer), tokenizer, "Hi", logit_bias={50257: 1.0})
+        mlxgpt.sample(equal_logits(tokenizer), tokenizer, "Hi", logit_bias={50257: 1.0})
 
 
 def test_an_empty_prompt_starts_from_end_of_text():
     tokenizer = BPETokenizer.gpt2()
-    sample = mlxgpt.sample(biased(tokenizer), tokenizer, "", max_new_tokens=1)
+    sample = mlxgpt.sample(equal_logits(tokenizer), tokenizer, "", max_new_tokens=1)
     assert sample.prompt_tokens == [50256]
 
 
-def test_a_part_of_a_character_waits():
+def test_a_part_of_a_character_is_held_back():
     tokenizer = BPETokenizer.gpt2()
     first = int(tokenizer.encode("😀")[0])
     assert tokenizer.token_bytes(first) == b"\xf0\x9f\x98"
     pieces = list(
-        mlxgpt.stream(biased(tokenizer), tokenizer, "Hi", max_new_tokens=3, logit_bias={first: 9.0}, temperature=0)
+        mlxgpt.stream(
+            equal_logits(tokenizer), tokenizer, "Hi", max_new_tokens=3, logit_bias={first: 9.0}, temperature=0
+        )
     )
     assert [piece.text for piece in pieces] == ["", "\ufffd", "\ufffd\ufffd"]
 
@@ -189,7 +191,7 @@ def test_the_functions_and_the_command_can_be_imported_in_any_order(run_python, 
     assert (result.returncode, result.stdout, result.stderr) == (0, expected, "")
 
 
-def test_importing_the_package_imports_none_of_it(run_python):
+def test_importing_the_package_imports_none_of_its_modules(run_python):
     result = run_python("-c", "import mlxgpt, sys; print([m for m in sys.modules if m.startswith('mlxgpt.')])")
     assert result.stdout == "[]\n"
     with pytest.raises(AttributeError, match="has no attribute 'genrate'"):

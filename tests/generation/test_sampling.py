@@ -1,4 +1,4 @@
-"""Sampling: each function beside a naive one, on NumPy and on MLX; the draws' frequencies; the edges."""
+"""Sampling: each function against a naive one, in NumPy and MLX; the frequencies of draws; edge cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARRAYS = [np.array, mx.array]
 
 
 def logits_of(B: int, V: int, seed: int, step: float = 0.0) -> np.ndarray:
-    """Normal logits (B, V); rounded to multiples of a step many are equal."""
+    """Normally distributed logits (B, V). A step above 0 rounds them to its multiples, which makes many equal."""
     x = np.random.default_rng(seed).normal(scale=2, size=(B, V)).astype(np.float32)
     return np.round(x / step).astype(np.float32) * np.float32(step) if step else x
 
@@ -66,7 +66,7 @@ def naive_kept(name: str, row: np.ndarray, value: float) -> list[bool]:
     seed=st.integers(0, 999),
     step=st.sampled_from([0.0, 1.5]),
 )
-def test_cuts_keep_what_their_definitions_do(make, cut, V, seed, step):
+def test_each_function_keeps_the_tokens_of_its_definition(make, cut, V, seed, step):
     name, value = cut
     x = logits_of(3, V, seed, step)
     p = softmax(x)
@@ -90,7 +90,7 @@ def test_cuts_keep_what_their_definitions_do(make, cut, V, seed, step):
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
 def test_the_nucleus_of_a_large_vocabulary(p):
-    """Where the candidates are few, and where each token is one."""
+    """For logits that leave few tokens to sort, and for logits that leave nearly all."""
     for scale in (0.01, 1, 5):
         x = logits_of(1, 50257, 3) * np.float32(scale)
         kept = softmax(x)[np.isfinite(sampling.top_p(x, p))]
@@ -107,7 +107,7 @@ def test_the_token_that_crosses_p_is_kept(make):
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-def test_of_equals_the_nucleus_takes_the_lower_ids(make):
+def test_of_equal_tokens_the_nucleus_takes_the_lower_ids(make):
     out = np.array(sampling.top_p(make(np.zeros((2, 10), np.float32)), 0.25))
     np.testing.assert_array_equal(np.isfinite(out), [[True] * 3 + [False] * 7] * 2)
 
@@ -120,7 +120,7 @@ def test_repetition_penalty_and_bias(make):
     np.testing.assert_array_equal(out, [[1, -4, 1, -np.inf]])
     out = np.array(sampling.logit_bias(given, {0: -1.5, 2: -math.inf}))
     np.testing.assert_array_equal(out, [[0.5, -2, -np.inf, -np.inf]])
-    np.testing.assert_array_equal(np.array(given), x)  # left as it was
+    np.testing.assert_array_equal(np.array(given), x)  # the argument is unchanged
     with pytest.raises(ValueError, match="logit_bias: id 4, expected 0 to 3"):
         sampling.logit_bias(make(x), {4: 1.0})
 
@@ -162,7 +162,7 @@ def test_the_typical_set_of_a_large_vocabulary(make):
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-def test_the_whole_order_is_transformers(make):
+def test_the_order_is_that_of_transformers(make):
     torch = pytest.importorskip("torch")
     processors = pytest.importorskip("transformers").generation.logits_process
     x = logits_of(4, 300, 7)
@@ -191,7 +191,7 @@ def test_the_whole_order_is_transformers(make):
         logit_bias={3: 5.0, 9: -4.0},
     )
     out = np.array(sampler.process(make(x), make(seen)))
-    assert 40 < np.isfinite(out).sum() < 160  # the later ones cut too
+    assert 40 < np.isfinite(out).sum() < 160  # the functions after top_k cut too
     np.testing.assert_allclose(out, expected.numpy(), rtol=1e-6)
     np.testing.assert_allclose(
         np.array(sampler.probabilities(make(x), make(seen))), torch.softmax(expected, -1).numpy(), rtol=1e-5
@@ -208,8 +208,8 @@ def test_the_whole_order_is_transformers(make):
         Sampler(temperature=1.5, typical_p=0.8),
     ],
 )
-def test_draws_have_the_probabilities(make, sampler):
-    """Chi-square of 20,000 draws: one beyond the 0.999999 quantile would be a fault, and the seed is fixed."""
+def test_tokens_are_drawn_with_their_probabilities(make, sampler):
+    """A chi-square test of 20,000 draws with a fixed seed, at the 0.9999998 quantile."""
     x = logits_of(1, 8, 5)
     p, n = np.array(sampler.probabilities(make(x)))[0], 20_000
     u = next(sampling.uniforms(1, n))
@@ -223,12 +223,12 @@ def test_draws_have_the_probabilities(make, sampler):
 
 
 def test_a_draw_is_the_first_token_past_u():
-    """Also where it is found by blocks."""
+    """Also in a vocabulary that is searched by blocks."""
     x = logits_of(1, 5000, 2)
     sums = np.cumsum(softmax(x)[0])
     for u in np.linspace(0, 0.999, 200):
         expected = int(np.searchsorted(sums, u, side="right"))
-        assert abs(int(sampling.draw(x, np.array([u]))[0]) - expected) <= 1  # one off where a sum falls on u
+        assert abs(int(sampling.draw(x, np.array([u]))[0]) - expected) <= 1  # sums are rounded
     lone = np.full((1, 5000), -np.inf, np.float32)
     lone[0, [700, 3000]] = 0
     assert [int(sampling.draw(lone, np.array([u]))[0]) for u in (0.0, 0.499, 0.501, 1 - 2**-53)] == [
@@ -242,7 +242,7 @@ def test_a_draw_is_the_first_token_past_u():
 @pytest.mark.parametrize("make", ARRAYS)
 @pytest.mark.parametrize("V", [1, 3, 255, 256, 257, 1025])
 def test_no_draw_is_outside_or_of_probability_0(make, V):
-    """However u is, with zeros at both ends."""
+    """For the smallest and largest u, with tokens of probability 0 at both ends."""
     x = logits_of(1, V, V)
     if V > 2:
         x[0, [0, -1]] = -np.inf
@@ -261,7 +261,7 @@ def test_a_row_of_one_possible_token(make):
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-def test_settings_that_change_nothing(make):
+def test_neutral_settings_change_nothing(make):
     x = logits_of(2, 50, 1)
     neutral = Sampler(temperature=1, top_k=50, top_p=1, min_p=0, typical_p=1, repetition_penalty=1)
     np.testing.assert_array_equal(np.array(neutral.process(make(x))), x)
@@ -269,7 +269,7 @@ def test_settings_that_change_nothing(make):
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-def test_greedy_takes_the_lowest_of_the_largest(make):
+def test_greedy_takes_the_lowest_id_of_the_largest_logits(make):
     x = np.array([[1, 3, 3, 0], [5, -np.inf, 2, 5]], np.float32)
     for sampler in (Sampler(temperature=0), Sampler(temperature=1e-6)):
         assert sampler.greedy
@@ -286,10 +286,10 @@ def test_greedy_takes_the_lowest_of_the_largest(make):
     [Sampler(temperature=0), Sampler(), Sampler(temperature=1, top_k=2, top_p=0.5, min_p=0.5)],
 )
 @pytest.mark.parametrize(("bad", "value"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_logits_that_are_no_numbers_are_refused(make, sampler, bad, value):
+def test_logits_that_are_not_finite_are_refused(make, sampler, bad, value):
     x = logits_of(2, 300, 0)
     x[1, 299] = bad
-    if make is mx.array:  # which stay lazy
+    if make is mx.array:  # lazy arrays, so -1 in place of an error
         tokens = np.array(sampler(mx.array(x), None, np.array([0.5, 0.5])))
         assert (tokens < 0).tolist() == [False, True]
         return
@@ -305,7 +305,7 @@ def test_forbidding_every_token_is_refused():
 
 
 @pytest.mark.parametrize("make", ARRAYS)
-def test_rows_do_not_know_of_each_other(make):
+def test_rows_do_not_depend_on_each_other(make):
     x, u = logits_of(5, 700, 4), next(sampling.uniforms(3, 5))
     sampler = Sampler(temperature=1.2, top_k=100, top_p=0.95, min_p=0.001)
     together = np.array(sampler(make(x), None, u))
@@ -313,13 +313,13 @@ def test_rows_do_not_know_of_each_other(make):
     assert together.tolist() == alone
 
 
-def test_numpy_and_mlx_draw_alike():
+def test_numpy_and_mlx_draw_the_same_tokens():
     x, u = logits_of(50, 400, 8), next(sampling.uniforms(5, 50))
     sampler = Sampler(temperature=0.9, top_k=60, top_p=0.9)
     assert sampler(x, None, u).tolist() == sampler(mx.array(x), None, u).tolist()
 
 
-def test_a_rows_random_numbers_are_its_seeds():
+def test_the_random_numbers_of_a_row_depend_on_its_seed_alone():
     three = np.array(list(itertools.islice(sampling.uniforms(7, 3), 10)))  # (10, 3)
     alone = np.array(list(itertools.islice(sampling.uniforms(9, 1), 10)))  # (10, 1)
     np.testing.assert_array_equal(three[:, 2:], alone)
@@ -359,7 +359,7 @@ def test_rules_name_the_value(settings, message):
         Sampler(**settings)
 
 
-def test_what_a_sampler_needs_is_asked_for():
+def test_missing_arguments_are_named():
     x = np.zeros((1, 3), np.float32)
     with pytest.raises(ValueError, match="the ids seen are not given"):
         Sampler(temperature=0, repetition_penalty=1.1)(x)

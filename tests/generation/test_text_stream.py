@@ -1,4 +1,4 @@
-"""Text as it comes: characters and stop strings spread over tokens."""
+"""TextStream: characters and stop strings that extend over several tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxgpt.generation.text_stream import TextStream
 
 
 def run(parts: list[bytes], *stop: str) -> tuple[list[str], TextStream]:
-    """What each part makes certain, and the end."""
+    """The text that each part adds, with the rest at the end, and the stream."""
     stream = TextStream(parts.__getitem__, stop)
     pieces = []
     for token in range(len(parts)):
@@ -24,7 +24,7 @@ def run(parts: list[bytes], *stop: str) -> tuple[list[str], TextStream]:
 
 
 def naive(text: str, stops: list[str]) -> str:
-    """The text up to the stop string that is complete first, and of those that are then the longest."""
+    """The text up to the stop string that is complete first; of several complete at once, the longest."""
     for end in range(1, len(text) + 1):
         if hits := [len(stop) for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(hits)]
@@ -37,7 +37,7 @@ def naive(text: str, stops: list[str]) -> str:
     stops=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(0, 40), max_size=12),
 )
-def test_however_the_bytes_are_cut(text, stops, cuts):
+def test_the_text_does_not_depend_on_where_tokens_begin(text, stops, cuts):
     content = text.encode()
     at = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
     pieces, stream = run([content[a:b] for a, b in itertools.pairwise(at)], *stops)
@@ -50,11 +50,11 @@ def test_a_character_waits_for_its_last_byte():
     assert pieces == ["a", "", "", "😀", "b", ""]
 
 
-def test_bytes_that_are_no_character_are_marked():
+def test_invalid_bytes_become_replacement_characters():
     assert run([b"\xff", b"a", b"\xe2\x82"])[0] == ["\ufffd", "a", "", "\ufffd"]
 
 
-def test_what_may_become_a_stop_string_waits():
+def test_the_beginning_of_a_stop_string_is_held_back():
     pieces, stream = run([b"a\n", b"\n", b"x\n", b"\n#", b"more"], "\n\n#")
     assert pieces == ["a", "", "\n\nx", "", ""]
     assert stream.stopped
@@ -64,13 +64,13 @@ def test_what_may_become_a_stop_string_waits():
     assert not stream.stopped
 
 
-def test_certain_text_is_not_held_back():
+def test_text_before_a_possible_stop_string_is_not_held_back():
     pieces, _ = run([b"abc", b"abx"], "abcd", "bx!")
     assert pieces == ["", "abca", "bx"]
 
 
 @pytest.mark.parametrize("stop", ["\n\n", "ab" * 10 + "c"])
-def test_a_token_costs_the_same_in_a_long_text(stop):
+def test_a_token_takes_no_longer_in_a_long_text(stop):
     stream = TextStream(lambda token: b"ab", (stop,))
 
     def seconds(n: int) -> float:
