@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +38,8 @@ def peak_memory() -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024  # bytes in one unit of ru_maxrss
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
