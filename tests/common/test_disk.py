@@ -8,19 +8,26 @@ import json
 import os
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from mlxgpt.common import disk
 
 
-@pytest.fixture
-def small_files_only():
-    """Writing more than 1000 bytes to a file fails, as on a full disk."""
+@contextmanager
+def small_files_only() -> Iterator[None]:
+    """Writing more than 1000 bytes to a file fails, as on a full disk.
+
+    Not a fixture: pytest writes its own output between a fixture and a test, and that may be a file too.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_file_is_written_and_replaced(tmp_path):
@@ -30,9 +37,9 @@ def test_a_file_is_written_and_replaced(tmp_path):
         assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, small_files_only):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     disk.write_file(tmp_path / "a", b"old")
-    with pytest.raises(OSError) as error:
+    with small_files_only(), pytest.raises(OSError) as error:
         disk.write_file(tmp_path / "a", b"new" * 1000)
     assert error.value.errno == errno.EFBIG
     assert (tmp_path / "a").read_bytes() == b"old"
