@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 
@@ -53,8 +53,10 @@ class SampleConfig:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes the GPU where MLX has one"""
 
-    sampling: SampleOptions = field(default_factory=SampleOptions)
-    """how a sample is made, and what ends it"""
+    # its help stands in the type: to find a docstring, tyro would parse this file at every start, not for --help alone
+    sampling: Annotated[SampleOptions, tyro.conf.arg(help="how a sample is made")] = field(
+        default_factory=SampleOptions
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_samples", "batch_size")
@@ -83,8 +85,8 @@ def main(args: Sequence[str]) -> None:
     rows = 1 if draft else rows  # a draft is checked for one sequence at a time
     interrupted = False
     for at in range(0, len(samples), rows):
-        sampler = replace(options.sampler, seed=options.sampler.seed + at)  # each sample has a seed of its own
-        batch = SampleBatch(model, tokenizer, samples[at : at + rows], replace(options, sampler=sampler), draft)
+        batch_options = replace(options, seed=options.seed + at)  # each sample has a seed of its own
+        batch = SampleBatch(model, tokenizer, samples[at : at + rows], batch_options, draft)
         try:
             output.follow(batch)
         except KeyboardInterrupt:

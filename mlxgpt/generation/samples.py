@@ -30,8 +30,8 @@ Finish = Literal["length", "stop", "end_of_text", "full", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """How a sample is made: its length, what ends it, and how its tokens are drawn."""
+class SampleOptions(Sampler):
+    """How a sample is made: how its tokens are drawn, as a Sampler says, how many they are, and what ends it."""
 
     max_new_tokens: int = 500
     """tokens to generate per sample"""
@@ -45,15 +45,14 @@ class SampleOptions:
     """tokens that the draft proposes at a time"""
     logprobs: bool = False
     """give each token's log-probability by the model, before temperature and the like"""
-    sampler: Sampler = field(default_factory=Sampler)
-    """how the next token is chosen: these settings change the logits in this order, then a token is drawn"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(1, self, "max_new_tokens", "draft_tokens")
 
     @classmethod
     def from_keywords(cls, keywords: dict[str, Any]) -> SampleOptions:
-        """From the names of these fields and of the sampler's; `stop` may be a string or any sequence of strings.
+        """From the names of these fields; `stop` may be a string or any sequence of strings.
 
         TypeError, with the nearest name, for an unknown one; ValueError for a value out of its range.
         """
@@ -61,13 +60,10 @@ class SampleOptions:
         for name in keywords:
             if name not in valid:
                 raise TypeError(f"unknown option '{name}'{nearest(name, valid)}")
-        own, of_sampler = dict(keywords), {}
-        for name in settings(Sampler):
-            if name in own:
-                of_sampler[name] = own.pop(name)
-        if "stop" in own:
-            own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
-        return cls(**own, sampler=Sampler(**of_sampler))
+        if "stop" in keywords:
+            stop = keywords["stop"]
+            keywords = keywords | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        return cls(**keywords)
 
 
 @dataclass
@@ -117,7 +113,7 @@ def sample(
 ) -> Sample | list[Sample]:
     """Continues a prompt, or several prompts as one batch: a Sample for one text, a list of Samples for several.
 
-    options are the fields of SampleOptions and of sampling.Sampler, such as max_new_tokens, stop and temperature.
+    options are the fields of SampleOptions, such as max_new_tokens, stop and temperature.
     draft: a smaller model of the same vocabulary, which proposes tokens for a single prompt.
     An empty prompt starts from the end-of-text token, or from a line break where tokens are characters.
     TypeError for an unknown option; ValueError for a value out of its range, and for text that the tokenizer can't
@@ -184,7 +180,7 @@ class SampleBatch:
         # on time.perf_counter's clock
         self.started_at = self.first_token_at = self.last_token_at = time.perf_counter()
         self._decoder = Decoder(
-            model, [sample.prompt_tokens for sample in samples], options.sampler, vocab_size=tokenizer.vocab_size,
+            model, [sample.prompt_tokens for sample in samples], options, vocab_size=tokenizer.vocab_size,
             on_full=options.on_full, logprobs=options.logprobs, draft=draft, draft_tokens=options.draft_tokens,
         )  # fmt: skip
 
