@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
@@ -225,13 +226,20 @@ class Sampler:
         are lazy and not looked at here: see __call__.
         """
         _require_finite(logits)
+        for function, value, needs_seen in self._steps:
+            logits = function(logits, value, seen) if needs_seen else function(logits, value)
+        return logits
+
+    @cached_property
+    def _steps(self) -> list[tuple[Callable[..., Any], Any, bool]]:
+        """The functions that `process` calls in order, each with its setting's value and whether it needs seen."""
+        steps = []
         for setting in fields(self):
             if setting.name == "temperature" and self.greedy:
                 break
             if function := setting.metadata.get("function"):
-                value = getattr(self, setting.name)
-                logits = function(logits, value, seen) if setting.metadata["needs_seen"] else function(logits, value)
-        return logits
+                steps.append((function, getattr(self, setting.name), setting.metadata["needs_seen"]))
+        return steps
 
     def __call__(self, logits: Array, seen: Array | None = None, u: np.ndarray | None = None) -> Array:
         """The next token of each row: (B, V) -> (B,) int32. u (B,) in [0, 1), random numbers; a greedy sampler needs
