@@ -51,11 +51,11 @@ def _values(parameter: Any) -> np.ndarray | None:
 class Linear(Deferred):
     """scale x W^T + b, which a sum or a GELU that reads it computes in the same pass."""
 
-    __slots__ = ("activated",)
+    __slots__ = ()
 
     def __init__(self, x: Array, weight: Any, bias: Any, scale: float = 1.0) -> None:
         shape = (*x.shape[:-1], weight.shape[0])
-        gradient = x.tape.gradient_for(shape, x, None if hasattr(weight, "scales") else weight, bias)
+        gradient = x.tape.gradient_for(shape, x, weight, bias)
 
         def kernel(gradient: Gradient | None, residual: Array | None = None, **activated: Any) -> np.ndarray:
             out, (matrix, parts) = empty(shape), _matrix(weight)
@@ -70,9 +70,10 @@ class Linear(Deferred):
         super().__init__(shape, x.tape, gradient, kernel)
 
     def activate(self, activation: str) -> np.ndarray:
-        """Computes the values, and in the same pass the GELU of them -> the latter."""
+        """Computes the values, and in the same pass their GELU, which is returned."""
         activated = empty(self.shape)
-        self._values = self.kernel(self.gradient, activated=_rows(activated), activation=activation)  # type: ignore
+        # only a linear layer's kernel takes these, which the type Kernel does not say
+        self._values = self.kernel(self.gradient, activated=_rows(activated), activation=activation)  # type: ignore[call-arg]
         del self.kernel
         return activated
 
@@ -87,7 +88,7 @@ def _linear_backward(
 
     def backward(dout: np.ndarray) -> None:
         rows = _rows(dout if scale == 1 else dout * np.float32(scale))
-        if gelu is not None:  # on to what the GELU was of, in the same pass
+        if gelu is not None:  # back through the GELU as well, in the same pass
             gelu.linear_backward(rows, matrix, dweight, dbias)
         else:
             into = None if dx is None else dx.memory()
@@ -149,7 +150,7 @@ def gelu(x: Array, activation: str) -> Array:
 
     def backward(dout: np.ndarray) -> None:
         _core.gelu_backward(_rows(pre), _rows(dout), activation)
-        dx.add(dout)  # type: ignore[union-attr]
+        dx.add(dout)  # type: ignore[union-attr]  # recorded only where x wants a gradient
 
     x.tape.record(gradient, backward)
     return Array(out, x.tape, gradient, _Gelu(pre, dx, activation))
@@ -161,8 +162,7 @@ def embeddings(ids: Array, tokens: Any, positions: Any, offsets: np.ndarray | No
     matrix, parts = _matrix(tokens)
     places = positions.values[:T] if offsets is None else positions.values
     _core.embedding_forward(at, matrix, places, out, offsets=offsets, **parts)
-    trained = [p for p in (tokens, positions) if _gradient_of(p) is not None]
-    gradient = ids.tape.gradient_for(out.shape, *trained)
+    gradient = ids.tape.gradient_for(out.shape, tokens, positions)
     dtokens, dpositions = _gradient_of(tokens), _gradient_of(positions)
 
     def backward(dout: np.ndarray) -> None:
@@ -185,15 +185,15 @@ def layer_norm(x: Array, weight: Any, bias: Any, eps: float) -> Array:
         return out
 
     def backward(dout: np.ndarray) -> None:
-        # What came along the residual stream is added to in place.
-        add = dx is not None and dx.total is not None
-        into = dx.take() if add else empty(shape)  # type: ignore[union-attr]
+        # The gradient that came along the residual stream is added to in place.
+        present = None if dx is None else dx.take()
+        into = empty(shape) if present is None else present
         _core.layer_norm_backward(
             _rows(dout), rows, scale, mean, rstd, _rows(into), _memory(dweight), _memory(dbias),
-            add_to_dx=add, accumulate=True,
+            add_to_dx=present is not None, accumulate=True,
         )  # fmt: skip
         if dx is not None:
-            dx.add(into)  # type: ignore[arg-type]
+            dx.add(into)
 
     gradient = x.tape.gradient_for(shape, x, weight, bias)
     x.tape.record(gradient, backward)
@@ -279,7 +279,7 @@ def merge_heads(y: Array) -> Array:
     dy, gradient = y.gradient, y.tape.gradient_for(merged.shape, y)
 
     def backward(dout: np.ndarray) -> None:
-        dy.add(_heads(dout, n_head))  # type: ignore[union-attr]
+        dy.add(_heads(dout, n_head))  # type: ignore[union-attr]  # recorded only where y wants a gradient
 
     y.tape.record(gradient, backward)
     return Array(merged, y.tape, gradient)
@@ -289,7 +289,7 @@ def linear_cross_entropy(x: Array, weight: Any, targets: Array) -> Array:
     tape, rows, dx, dweight = x.tape, _rows(x.values), x.gradient, _gradient_of(weight)
     ids = np.ascontiguousarray(targets.values, np.int32).reshape(-1)  # (N,)
     matrix, parts = _matrix(weight)
-    gradient = tape.gradient_for((), x, None if parts else weight)
+    gradient = tape.gradient_for((), x, weight)
     scale = tape.loss_scale or np.float32(1)
 
     def loss_and_gradients() -> tuple[float, np.ndarray | None]:
@@ -325,8 +325,8 @@ def recomputed(module: nn.Module, x: Array) -> Array:
         again = Tape(loss_scale=float(tape.loss_scale), seeds=Seeds(tape.seeds.first, before))
         inner = Array(values, again, None if dx is None else Gradient(x.shape))
         module(inner).backward(dout)
-        if dx is not None and inner.gradient is not None:
-            dx.add(inner.gradient.take())  # type: ignore[arg-type]
+        if dx is not None and inner.gradient is not None and (contribution := inner.gradient.take()) is not None:
+            dx.add(contribution)
 
     tape.record(gradient, backward)
     return Array(out, tape, gradient)

@@ -119,9 +119,11 @@ class Tape:
         self._steps: list[tuple[Gradient, Callable[[np.ndarray], None]]] = []
 
     def gradient_for(self, shape: tuple[int, ...], *inputs: Any) -> Gradient | None:
-        """A gradient for the result of an operation; None where none of its inputs, which are Arrays, Parameters or
-        None, wants one."""
-        wanted = self.records and any(x is not None and x.gradient is not None for x in inputs)
+        """A gradient for the result of an operation; None where none of its inputs wants one.
+
+        Inputs are Arrays and Parameters; quantized weights and None, which may stand among them, have no gradient.
+        """
+        wanted = self.records and any(getattr(x, "gradient", None) is not None for x in inputs)
         return Gradient(shape) if wanted else None
 
     def record(self, gradient: Gradient | None, step: Callable[[np.ndarray], None]) -> None:

@@ -49,7 +49,8 @@ def arrays_of(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 def gradient_averages(trainer: Trainer) -> dict[str, np.ndarray]:
-    """Of all gradients so far, by parameter; after a first step they are its clipped gradient times 1 - beta1."""
+    """AdamW's averages of the gradient, by parameter. After the first step each is (1 - beta1) times the clipped
+    gradient of that step."""
     averages = trainer.optimizer.averages(trainer.model)
     return {name: np.array(a) for name, a in averages.items() if name.startswith("m.")}
 
