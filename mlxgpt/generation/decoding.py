@@ -294,9 +294,11 @@ def _new_cache(model: GPT, batch_size: int = 1) -> KVCache:
 def _prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Any:
     """Computes the tokens that follow those in a cache -> the logits of the next, (1, V), in NumPy on the kernels."""
     for start in range(0, len(ids), PREFILL_CHUNK):
-        logits = model.next_logits(mx.array([ids[start : start + PREFILL_CHUNK]], mx.int32), cache)
-        mx.eval(logits)
-    return np.asarray(logits) if ops.on_kernels(model) else logits
+        chunk = np.array([ids[start : start + PREFILL_CHUNK]], np.int32)  # (1, T)
+        logits = ops.without_gradient(model, GPT.next_logits, chunk, cache)
+        if isinstance(logits, mx.array):
+            mx.eval(logits)
+    return logits
 
 
 def _to_numpy(logits: Any) -> np.ndarray:
