@@ -33,6 +33,10 @@ class MatrixModule(nn.Module):
             return ops.Quantized(self.weight, self.scales, self.biases, self.group_size)
         return self.weight
 
+    @property
+    def is_frozen(self) -> bool:
+        return "weight" not in self.trainable_parameters()
+
 
 class Linear(MatrixModule):
     """x W^T + b. (..., n_in) -> (..., n_out)."""
@@ -46,8 +50,7 @@ class Linear(MatrixModule):
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.linear(x, self.matrix, self.get("bias"))  # (..., n_out)
         if "lora_A" in self:  # an adapter corrects the weight to W + lora_scale B A (lora.py)
-            low = ops.scaled_linear(x, self.lora_A, self.lora_scale)  # (..., rank)
-            y = y + ops.linear(low, self.lora_B)  # (..., n_out)
+            y = y + ops.low_rank(x, self.lora_A, self.lora_B, self.lora_scale)  # (..., n_out)
         return y
 
 
@@ -159,7 +162,11 @@ class GPT(DropoutModule):
     @property
     def head(self) -> ops.Matrix:
         """The matrix that makes the logits, (V, C): the token embedding, or a weight of its own."""
-        return (self.wte if self.config.tied_head else self.lm_head).matrix
+        return self._head.matrix
+
+    @property
+    def _head(self) -> MatrixModule:
+        return self.wte if self.config.tied_head else self.lm_head
 
     @ops.entry
     def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
@@ -180,7 +187,7 @@ class GPT(DropoutModule):
     @ops.entry
     def loss(self, ids: mx.array, targets: mx.array) -> mx.array:
         """Mean cross entropy in nats. ids, targets (B, T) int32; a target of -1 is not counted -> scalar."""
-        return ops.linear_cross_entropy(self.hidden(ids), self.head, targets)
+        return ops.linear_cross_entropy(self.hidden(ids), self.head, targets, self.training, self._head.is_frozen)
 
     def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """What the head reads: the residual stream after the last layer norm. ids (B, T) -> (B, T, C)."""
@@ -194,8 +201,8 @@ class GPT(DropoutModule):
         for n, block in enumerate(self.h):
             if cache is not None:
                 x = block(x, cache.layers[n])
-            elif self.grad_checkpoint and self.training:
-                x = recomputed(block, x)
+            elif self.training:
+                x = recomputed(block, x, keeps_products=not self.grad_checkpoint)
             else:
                 x = block(x)
         if cache is not None:

@@ -8,11 +8,10 @@ cpu.array's Arrays, and an operation that is given one calls its kernel: see cpu
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +19,13 @@ import numpy as np
 from ..cpu import entry as on_cpu
 from ..cpu import operations as kernels
 from ..cpu.array import Array as CPUArray
+from . import differentiable
+from .attention import BlockedAttention
+from .attention import way as attention_way
 from .cache import KVCache, LayerCache
+from .cross_entropy import linear_mean_loss, mean_loss
+from .differentiable import Differentiable
+from .matrices import Matrix, Quantized
 
 entry = on_cpu.entry
 
@@ -59,46 +64,33 @@ def new_mask_key() -> mx.array:
     return mx.random.randint(0, 2**32 - 1, (2,), mx.uint32)
 
 
-class _Masks(threading.local):
-    next_key = staticmethod(new_mask_key)
+class Activations:
+    """What becomes of the activations of a layer that is trained by MLX's operations: here MLX keeps them all."""
+
+    def mask_key(self) -> mx.array:
+        """The key of the next dropout mask."""
+        return new_mask_key()
+
+    def product(self, function: Differentiable, *arrays: mx.array) -> mx.array:
+        """function(*arrays), a matrix product, which takes long to compute again."""
+        return function(*arrays)
 
 
-_masks = _Masks()
+class _Current(threading.local):
+    activations = Activations()
+
+
+_current = _Current()
 
 
 @contextmanager
-def mask_keys_from(next_key: Callable[[], mx.array]) -> Iterator[None]:
-    """While it is entered, dropout by MLX's operations takes the keys of its masks from a function, in this thread."""
-    before, _masks.next_key = _masks.next_key, next_key  # type: ignore[method-assign]
+def activations_in(activations: Activations) -> Iterator[None]:
+    """While it is entered, operations in this thread ask these activations."""
+    before, _current.activations = _current.activations, activations
     try:
         yield
     finally:
-        _masks.next_key = before  # type: ignore[method-assign]
-
-
-class Quantized(NamedTuple):
-    """A matrix (n_out, n_in) in groups along its rows: scale * number + bias, as mx.quantize makes it."""
-
-    weight: mx.array  # (n_out, n_in * bits / 32) uint32
-    scales: mx.array  # (n_out, n_in / group_size)
-    biases: mx.array  # as scales
-    group_size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.scales.shape[0], self.scales.shape[1] * self.group_size
-
-    @property
-    def bits(self) -> int:
-        return self.weight.shape[1] * 32 // self.shape[1]
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """What products with it are computed in on a GPU."""
-        return self.scales.dtype
-
-
-Matrix = mx.array | Quantized
+        _current.activations = before
 
 
 def use_device(name: str) -> mx.Device:
@@ -164,18 +156,20 @@ def linear(x: Array, weight: Matrix, bias: mx.array | None = None) -> Array:
     if isinstance(x, CPUArray):
         return kernels.linear(x, weight, bias)
     if isinstance(weight, Quantized):
-        packed, scales, biases, group_size = weight
-        y = mx.quantized_matmul(x, packed, scales, biases, transpose=True, group_size=group_size, bits=weight.bits)
+        y = _current.activations.product(differentiable.linear_with(weight), x)
         return y if bias is None else y + bias
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    return _current.activations.product(differentiable.linear, x, weight, *([] if bias is None else [bias]))
 
 
 @operation
-def scaled_linear(x: Array, weight: mx.array, scale: float) -> Array:
-    """scale x W^T. x (..., n_in), weight (n_out, n_in) -> (..., n_out)."""
+def low_rank(x: Array, A: mx.array, B: mx.array, scale: float) -> Array:
+    """scale x (B A)^T, what an adapter adds. x (..., n_in), A (rank, n_in), B (n_out, rank) -> (..., n_out).
+
+    Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    """
     if isinstance(x, CPUArray):
-        return kernels.scaled_linear(x, weight, scale)
-    return scale * (x @ weight.T)
+        return kernels.linear(kernels.scaled_linear(x, A, scale), B, None)
+    return scale * (x @ A.T) @ B.T
 
 
 @operation
@@ -220,7 +214,7 @@ def gelu(x: Array) -> Array:
     """
     if isinstance(x, CPUArray):
         return kernels.gelu(x, "gelu")
-    return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
+    return differentiable.gelu(x)
 
 
 @operation
@@ -231,7 +225,7 @@ def gelu_new(x: Array) -> Array:
     """
     if isinstance(x, CPUArray):
         return kernels.gelu(x, "gelu_new")
-    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+    return differentiable.gelu_new(x)
 
 
 GELU: dict[str, Callable[[Any], Any]] = {"gelu": gelu, "gelu_new": gelu_new}  # by GPTConfig.activation
@@ -247,7 +241,7 @@ def dropout(x: Array, p: float) -> Array:
         return x
     if isinstance(x, CPUArray):
         return kernels.dropout(x, p)
-    return x * (mx.random.bernoulli(1 - p, x.shape, _masks.next_key()) * (1 / (1 - p))).astype(x.dtype)
+    return differentiable.dropout(x, p, _current.activations.mask_key())
 
 
 @operation
@@ -273,14 +267,11 @@ def attention(q: Array, k: Array, v: Array, dropout_p: float = 0.0) -> Array:
     """
     if isinstance(q, CPUArray):
         return kernels.attention(q, k, v, dropout_p)
-    scale = q.shape[-1] ** -0.5
-    if dropout_p == 0:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-    T_q, T_k = q.shape[2], k.shape[2]
-    scores = (q * scale) @ k.swapaxes(-1, -2)  # (B, n_head, T_q, T_k)
-    visible = mx.arange(T_k) <= mx.arange(T_k - T_q, T_k)[:, None]  # (T_q, T_k)
-    weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1, precise=True)
-    return dropout(weights, dropout_p) @ v
+    if (way := attention_way(q, dropout_p)) == "mlx":
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
+    key = _current.activations.mask_key() if dropout_p else None
+    blocked = BlockedAttention(dropout_p, key, fused_forward=way == "fused forward")
+    return _current.activations.product(Differentiable(blocked.forward, blocked.backward), q, k, v)
 
 
 @operation
@@ -312,19 +303,19 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 
     logits (..., V), targets (...) int32 in [0, V), or -1 to be ignored -> scalar.
     """
-    logits = logits.astype(mx.float32)
-    counted = targets >= 0
-    picked = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    losses = mx.where(counted, mx.logsumexp(logits, axis=-1) - picked, 0)  # (...)
-    return losses.sum() / mx.maximum(counted.sum(), 1)
+    return mean_loss(logits, targets)
 
 
 @operation
-def linear_cross_entropy(x: Array, weight: Matrix, targets: Array) -> Array:
+def linear_cross_entropy(
+    x: Array, weight: Matrix, targets: Array, training: bool = False, is_frozen: bool = False
+) -> Array:
     """cross_entropy(x W^T, targets). x (..., C), weight (V, C), targets (...) -> scalar.
 
-    The kernel makes the logits (..., V) of some rows at a time, and their gradient with them.
+    The logits of some rows exist at a time. In training the gradients, of x and unless it is frozen of the weight, are
+    computed with the loss.
     """
     if isinstance(x, CPUArray):
         return kernels.linear_cross_entropy(x, weight, targets)
-    return cross_entropy(linear(x, weight), targets)
+    rows = x.reshape(-1, x.shape[-1])  # (..., C) -> (N, C)
+    return linear_mean_loss(rows, weight, targets.reshape(-1), training, is_frozen)

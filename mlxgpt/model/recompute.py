@@ -1,8 +1,8 @@
-"""Less memory in training: a block's activations are computed once more in the backward pass, not kept until then."""
+"""Less memory in training: what the backward pass of a block keeps of the forward pass, and what it recomputes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -13,25 +13,24 @@ from ..common.modules import with_parameters
 from ..cpu import operations as kernels
 from ..cpu.array import Array as CPUArray
 from . import ops
+from .differentiable import Differentiable, after
 
 Array = TypeVar("Array", mx.array, CPUArray)
 
 
-def recomputed(module: nn.Module, x: Array) -> Array:
-    """module(x), of which the backward pass keeps x alone: it calls the module again. x (...) -> what module returns.
+def recomputed(module: nn.Module, x: Array, keeps_products: bool) -> Array:
+    """module(x), whose backward pass calls the module again. x (...) -> what the module returns.
 
-    Dropout draws the same masks both times. Chen et al. 2016, https://arxiv.org/abs/1604.06174.
+    It keeps x alone or, with keeps_products, the results of linear layers and attention too: layer norms, GELUs and
+    dropout cost little to compute again. Dropout draws the same masks both times. Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174; Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 5.
     """
-    if isinstance(x, CPUArray):
-        return kernels.recomputed(module, x)
-    keys: list[mx.array] = []  # of the dropout masks
+    if isinstance(x, CPUArray):  # the kernels keep no more than this by themselves
+        return module(x) if keeps_products else kernels.recomputed(module, x)
+    first = _FirstPass(keeps_products)
 
-    def draw_key() -> mx.array:
-        keys.append(ops.new_mask_key())
-        return keys[-1]
-
-    def forward(weights: dict[str, Any], x: mx.array, next_key: Callable[[], mx.array] = draw_key) -> mx.array:
-        with ops.mask_keys_from(next_key):
+    def forward(weights: dict[str, Any], x: mx.array) -> mx.array:
+        with ops.activations_in(first):
             return with_parameters(module, weights)(x)
 
     call = mx.custom_function(forward)
@@ -39,18 +38,57 @@ def recomputed(module: nn.Module, x: Array) -> Array:
     @call.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         flat: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
-        # Otherwise MLX is free to call all modules again before it goes back through the last one, and to leave the
-        # weights' gradients for later: then all activations are held after all.
-        x, *same_keys = mx.depends([primals[1], *keys], [cotangent])
+        second = _SecondPass(first, cotangent)
 
         def named(arrays: Sequence[mx.array]) -> Any:
             return tree_unflatten(list(zip(flat, arrays, strict=True)))
 
         def forward_again(x: mx.array, *weights: mx.array) -> mx.array:
-            return forward(named(weights), x, iter(same_keys).__next__)
+            with ops.activations_in(second):
+                return with_parameters(module, named(weights))(x)
 
-        _, gradients = mx.vjp(forward_again, [x, *flat.values()], [cotangent])
-        (dx,) = mx.depends(gradients[:1], gradients[1:])
-        return named(gradients[1:]), dx
+        _, gradients = mx.vjp(forward_again, [after(primals[1], [cotangent]), *flat.values()], [cotangent])
+        # MLX is free to leave the weights' gradients for later, and would then hold the activations of all blocks.
+        return named(gradients[1:]), after(gradients[0], gradients[1:])
 
     return call(module.trainable_parameters(), x)  # type: ignore[return-value]
+
+
+class _FirstPass(ops.Activations):
+    """Keeps what the second pass needs."""
+
+    def __init__(self, keeps_products: bool) -> None:
+        self.keys: list[mx.array] = []  # of the dropout masks
+        self.products: list[mx.array] | None = [] if keeps_products else None
+
+    def mask_key(self) -> mx.array:
+        self.keys.append(super().mask_key())
+        return self.keys[-1]
+
+    def product(self, function: Differentiable, *arrays: mx.array) -> mx.array:
+        output = function.forward(*arrays)
+        if self.products is not None:
+            self.products.append(output)
+        return output
+
+
+class _SecondPass(ops.Activations):
+    """Uses what the first pass has kept, once the gradient of the block's output is there.
+
+    Otherwise MLX is free to call all blocks again before it goes back through the last one; and where it compiles
+    them, it would find that both passes compute the same, and keep the first one's results after all.
+    """
+
+    def __init__(self, first: _FirstPass, cotangent: mx.array) -> None:
+        self._cotangent = cotangent
+        self._keys = iter(first.keys)
+        self._products: Iterator[mx.array] | None = None if first.products is None else iter(first.products)
+        first.keys, first.products = [], None  # held by nobody else, they are freed when they have been used
+
+    def mask_key(self) -> mx.array:
+        return after(next(self._keys), [self._cotangent])
+
+    def product(self, function: Differentiable, *arrays: mx.array) -> mx.array:
+        if self._products is None:
+            return function(*arrays)
+        return function.recalled(after(next(self._products), [self._cotangent]), *arrays)

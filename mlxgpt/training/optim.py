@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..cpu import operations
+from ..model.differentiable import after
 from .recipe import TrainConfig
+
+
+class _Update(NamedTuple):
+    """What all parameters of an update have in common: scalars, so that a step that is skipped changes nothing."""
+
+    is_finite: mx.array  # whether the step is taken
+    clip: mx.array  # gradients are multiplied by it
+    rates: tuple[mx.array, mx.array]  # 1 - beta1, 1 - beta2; 0 where the step is skipped, and so for the next two
+    step_size: mx.array  # the learning rate, with the correction of the first average's bias
+    decay: mx.array  # learning rate * weight decay
+    correction: mx.array  # of the second average's bias
+    previous: list[mx.array]  # what the parameter before this one has become
 
 
 class AdamW(mlx.optimizers.Adam):
@@ -25,11 +38,7 @@ class AdamW(mlx.optimizers.Adam):
         self.weight_decay = config.weight_decay
         self._own: list[mx.array] = []  # the weights that own_weights made
         self._own_state: dict | None = None
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        if parameter.ndim >= 2:
-            parameter = parameter * (1 - self.learning_rate * self.weight_decay)
-        return super().apply_single(gradient, parameter, state)
+        self._update: _Update | None = None  # in update_if_finite
 
     def update_if_finite(self, model: Any, gradients: dict[str, Any], loss: mx.array, max_norm: float) -> mx.array:
         """Clips the gradients to max_norm (0 for none), and updates the model -> their norm before clipping, a scalar.
@@ -37,20 +46,41 @@ class AdamW(mlx.optimizers.Adam):
         Where the norm or the loss is not finite, the model and the optimizer's state (its step too) stay as they were,
         and the scalar is not finite. Nothing is evaluated: the graph itself chooses.
         """
-        if max_norm:
-            gradients, norm = clip_grad_norm(gradients, max_norm)
-        else:
-            norm = global_norm(gradients)
+        norm = global_norm(gradients)
         norm = mx.where(mx.isfinite(loss), norm, mx.nan)
-        finite = mx.isfinite(norm)
-
-        def chosen(new: mx.array, old: mx.array) -> mx.array:
-            return mx.where(finite, new, old)
-
-        before = tree_map(lambda a: a, self.state)
-        model.update(tree_map(chosen, self.apply_gradients(gradients, model), model))
-        self.state.update(tree_map(chosen, self.state, before))
+        finite = mx.isfinite(norm).astype(mx.float32)
+        step = self.step + 1
+        self._update = _Update(
+            is_finite=mx.isfinite(norm),
+            clip=clip_factor(norm, max_norm),
+            rates=(finite * (1 - self.betas[0]), finite * (1 - self.betas[1])),
+            step_size=finite * self.learning_rate / (1 - self.betas[0] ** step),
+            decay=finite * self.learning_rate * self.weight_decay,
+            correction=mx.rsqrt(1 - self.betas[1] ** step),
+            previous=[],
+        )
+        model.update(tree_map(self.apply_single, gradients, model, self.state))
+        self.state["step"] = mx.where(self._update.is_finite, step, self.step)
+        self._update = None
         return norm
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """The new parameter; `state` gets the new averages.
+
+        One parameter is updated at a time, and with few intermediates: what there is of them is as large as it.
+        """
+        update = self._update
+        assert update is not None
+        m, v = state["m"], state["v"]
+        g = mx.where(update.is_finite, after(gradient, update.previous) * update.clip, 0)
+        m = state["m"] = m + (g - m) * update.rates[0]
+        v = state["v"] = v + (g * g - v) * update.rates[1]
+        direction = m / (mx.sqrt(v) * update.correction + self.eps)
+        if parameter.ndim >= 2:
+            parameter = parameter * (1 - update.decay)
+        new = parameter - direction * update.step_size
+        update.previous[:] = new, m, v
+        return new
 
     def update_in_place(self, weights: list[mx.array], gradients: list[mx.array], max_norm: float) -> float:
         """Clips the gradients and updates the weights on the CPU's kernels -> the norm before clipping.
@@ -118,19 +148,22 @@ def global_norm(gradients: Any) -> mx.array:
 
     Elements are divided by the largest first, so that no square is too large for float32.
     """
-    largest = tree_reduce(lambda most, g: mx.maximum(most, mx.abs(g).max()), gradients, mx.array(1e-30))
-    squares = tree_reduce(lambda total, g: total + mx.square(g / largest).sum(), gradients, mx.array(0.0))
+    arrays = [g for _, g in tree_flatten(gradients)]
+    largest, squares = mx.array(1e-30), mx.array(0.0)
+    for g in arrays:
+        g = after(g, [largest])  # one at a time, as the sum below has intermediates as large as g
+        largest = mx.maximum(largest, mx.maximum(g.max(), -g.min()))
+    for g in arrays:
+        squares = squares + mx.square(after(g, [squares]) / largest).sum()
     return largest * mx.sqrt(squares)
 
 
-def clip_grad_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
-    """A tree of gradients multiplied by min(1, max_norm / norm), and their norm before that.
+def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
+    """What gradients are multiplied by to clip them: min(1, max_norm / norm), and 1 where max_norm is 0.
 
     Pascanu et al. 2013, https://arxiv.org/abs/1211.5063; PyTorch and MLX add the same 1e-6 to the norm.
     """
-    norm = global_norm(gradients)
-    factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
-    return tree_map(lambda g: g * factor, gradients), norm
+    return mx.minimum(max_norm / (norm + 1e-6), 1.0) if max_norm else mx.array(1.0)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

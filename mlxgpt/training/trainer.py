@@ -84,6 +84,7 @@ class Trainer:
         if self.group.size > 1:
             loss, gradients = self.group.average((loss.astype(mx.float32), gradients))
         self.norm = self._update(gradients, loss)
+        del gradients  # they are freed one by one, as the parameters are updated
         mx.async_eval(loss, self.norm, self.model.state, self.optimizer.state)
         return loss
 

@@ -1,0 +1,116 @@
+"""The cross entropy of a linear layer's outputs, in chunks of rows: logits (N, V) never exist all at one time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from .differentiable import after
+from .matrices import Matrix, product, product_gradient
+
+_ELEMENTS = 2**22  # of a chunk of logits, at least: with much fewer a GPU would not be busy
+
+
+def mean_loss(logits: mx.array, targets: mx.array) -> mx.array:
+    """Mean of -log softmax(logits)[target] over the targets that are not -1, in float32.
+
+    logits (..., V), targets (...) int32 in [0, V), or -1 to be ignored -> scalar.
+    """
+    return _losses(logits.astype(mx.float32), targets)[0].sum() / _count(targets)
+
+
+def linear_mean_loss(
+    x: mx.array, matrix: Matrix, targets: mx.array, training: bool = False, is_frozen: bool = False
+) -> mx.array:
+    """mean_loss(x W^T, targets). x (N, C), matrix (V, C), targets (N,) -> scalar.
+
+    In training the gradients are computed together with the loss, from the same logits. Else the loss alone is, and
+    its gradient takes the logits once more. A frozen matrix has no gradient, and a quantized one never has.
+    """
+    chunked = _Chunked(matrix, targets, is_frozen or not isinstance(matrix, mx.array))
+    at_once: list[tuple[mx.array, ...]] = []
+
+    def forward(x: mx.array, *_: mx.array) -> mx.array:
+        if not training:
+            return chunked.loss(x)
+        loss, *gradients = chunked.loss_and_gradients(x)
+        at_once.append(tuple(gradients))
+        return loss
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        primals = primals if isinstance(primals, (tuple, list)) else (primals,)
+        _, *gradients = (None, *at_once.pop()) if at_once else chunked.loss_and_gradients(primals[0])
+        # A float16 gradient is multiplied by the loss scale, which the cotangent has, before it is divided by N.
+        factor = cotangent / _count(targets)
+        scaled = [(g * factor).astype(a.dtype) for g, a in zip(gradients, primals, strict=True)]
+        return tuple(scaled) if len(scaled) > 1 else scaled[0]
+
+    return function(x) if chunked.is_frozen else function(x, matrix)  # type: ignore[return-value]
+
+
+class _Chunked:
+    """The sum of the losses over chunks of rows, each of which is made to wait for the one before it."""
+
+    def __init__(self, matrix: Matrix, targets: mx.array, is_frozen: bool) -> None:
+        self._matrix, self._targets, self.is_frozen = matrix, targets, is_frozen
+
+    def _chunks(self, N: int) -> list[slice]:
+        """Rows whose logits take a quarter of the matrix's memory or, if that is more, 16 MB.
+
+        With fewer rows, adding to the matrix's gradient would take longer than computing what is added.
+        """
+        V, C = self._matrix.shape
+        rows = max(C // 4, _ELEMENTS // V, 1)
+        count = -(-N // rows)
+        return [slice(N * n // count, N * (n + 1) // count) for n in range(count)]
+
+    def loss(self, x: mx.array) -> mx.array:
+        total: list[mx.array] = []
+        for rows in self._chunks(len(x)):
+            logits = product(after(x[rows], total), self._matrix).astype(mx.float32)  # (n, V)
+            total = [sum(total, _losses(logits, self._targets[rows])[0].sum())]
+        return total[0] / _count(self._targets)
+
+    def loss_and_gradients(self, x: mx.array) -> list[mx.array]:
+        """The mean loss, and the gradients of the losses' sum: of x (N, C) and, unless it is frozen, of the matrix in
+        float32 (V, C)."""
+        dx: list[mx.array] = []
+        sums: list[mx.array] = []  # the losses, and the matrix's gradient
+        for rows in self._chunks(len(x)):
+            part, targets = after(x[rows], [*dx[-1:], *sums]), self._targets[rows]  # (n, C), (n,)
+            logits = product(part, self._matrix).astype(mx.float32)  # (n, V)
+            losses, normalizer = _losses(logits, targets)  # (n,), (n, 1)
+            normalizer = mx.where((targets >= 0)[:, None], normalizer, mx.inf)  # ignored rows have no gradient
+            is_target = mx.arange(logits.shape[1]) == targets[:, None]  # (n, V)
+            dlogits = (mx.exp(logits - normalizer) - is_target).astype(x.dtype)  # (n, V)
+            dx.append(product_gradient(dlogits, self._matrix))  # (n, C)
+            sums = self._add(sums, losses.sum(), dlogits, part)
+        loss, *dmatrix = sums
+        return [loss / _count(self._targets), mx.concatenate(dx), *dmatrix]
+
+    def _add(self, sums: list[mx.array], loss: mx.array, dlogits: mx.array, part: mx.array) -> list[mx.array]:
+        """The sums of the losses and, unless it is frozen, of the matrix's gradient, with those of one more chunk."""
+        total = [sum(sums[:1], loss)]
+        if self.is_frozen:
+            return total
+        if not sums:
+            return [*total, (dlogits.T @ part).astype(mx.float32)]  # (V, n) (n, C) -> (V, C)
+        if part.dtype == mx.float32:
+            return [*total, mx.addmm(sums[1], dlogits.T, part)]
+        return [*total, sums[1] + dlogits.T @ part]
+
+
+def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Each row's loss, 0 where the target is ignored, and log-sum-exp. logits (..., V), targets (...) -> (...) and
+    (..., 1)."""
+    normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)  # (..., 1)
+    picked = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)  # (..., 1)
+    return mx.where(targets >= 0, (normalizer - picked)[..., 0], 0), normalizer
+
+
+def _count(targets: mx.array) -> mx.array:
+    return mx.maximum((targets >= 0).sum(), 1)
