@@ -78,7 +78,8 @@ class Call:
 
 
 def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]:
-    """What loss(ids, ids) calls, or with a cache the forward pass, in order. Nothing is computed."""
+    """What the forward pass calls, with a cache or without one, in order. Nothing is computed."""
+    model.eval()  # a block that is trained is called over copies of its parameters
     names = {id(p): name.removesuffix(".weight") for name, p in model.named_weights().items()}
     calls: list[Call] = []
 
@@ -93,15 +94,12 @@ def trace(model: GPT, ids: mx.array, cache: KVCache | None = None) -> list[Call]
         calls.append(Call(op, path, shape, [a for a in arrays if id(a) not in names], output))
 
     with extension.switched_off(), ops.observed(record):  # MLX's own operations are lazy
-        if cache is None:
-            model.loss(ids, ids)
-        else:
-            model(ids, cache)
+        model(ids, cache)
     return calls
 
 
 # The operations of a model that are not made of other operations.
-_STEPS = {"embedding", "layer_norm", "linear", "gelu", "attention", "cross_entropy"}
+_STEPS = {"embedding", "layer_norm", "linear", "gelu", "attention"}
 
 
 def explain(config: GPTConfig) -> str:
@@ -162,7 +160,7 @@ def shape_table(calls: list[Call], ids: mx.array) -> Table:
     previous = ""
     for call in calls:
         in_block = call.path.startswith("h.")
-        if (in_block and not call.path.startswith("h.0.")) or call.op == "cross_entropy":
+        if in_block and not call.path.startswith("h.0."):
             previous = call.path
             continue
         if previous.startswith("h.") and not in_block and len(blocks) > 1:

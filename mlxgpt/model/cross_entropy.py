@@ -12,18 +12,12 @@ from .matrices import Matrix, product, product_gradient
 _ELEMENTS = 2**22  # of a chunk of logits, at least: with much fewer a GPU would not be busy
 
 
-def mean_loss(logits: mx.array, targets: mx.array) -> mx.array:
-    """Mean of -log softmax(logits)[target] over the targets that are not -1, in float32.
-
-    logits (..., V), targets (...) int32 in [0, V), or -1 to be ignored -> scalar.
-    """
-    return _losses(logits.astype(mx.float32), targets)[0].sum() / _count(targets)
-
-
 def linear_mean_loss(
     x: mx.array, matrix: Matrix, targets: mx.array, training: bool = False, is_frozen: bool = False
 ) -> mx.array:
-    """mean_loss(x W^T, targets). x (N, C), matrix (V, C), targets (N,) -> scalar.
+    """Mean of -log softmax(x W^T)[target] over the targets that are not -1, in float32.
+
+    x (N, C), matrix (V, C), targets (N,) int32 in [0, V), or -1 to be ignored -> scalar.
 
     In training the gradients are computed together with the loss, from the same logits. Else the loss alone is, and
     its gradient takes the logits once more. A frozen matrix has no gradient, and a quantized one never has.

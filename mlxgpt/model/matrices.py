@@ -44,6 +44,4 @@ def product_gradient(dy: mx.array, matrix: Matrix) -> mx.array:
 
 def _quantized(x: mx.array, matrix: Quantized, transpose: bool) -> mx.array:
     packed, scales, biases, group_size = matrix
-    return mx.quantized_matmul(
-        x, packed, scales, biases, transpose=transpose, group_size=group_size, bits=matrix.bits
-    )
+    return mx.quantized_matmul(x, packed, scales, biases, transpose=transpose, group_size=group_size, bits=matrix.bits)

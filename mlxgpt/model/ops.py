@@ -23,7 +23,7 @@ from . import differentiable
 from .attention import BlockedAttention
 from .attention import way as attention_way
 from .cache import KVCache, LayerCache
-from .cross_entropy import linear_mean_loss, mean_loss
+from .cross_entropy import linear_mean_loss
 from .differentiable import Differentiable
 from .matrices import Matrix, Quantized
 
@@ -298,22 +298,13 @@ def merge_heads(y: Array) -> Array:
 
 
 @operation
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Mean of -log softmax(logits)[target] over the targets that are not -1, in float32.
-
-    logits (..., V), targets (...) int32 in [0, V), or -1 to be ignored -> scalar.
-    """
-    return mean_loss(logits, targets)
-
-
-@operation
 def linear_cross_entropy(
     x: Array, weight: Matrix, targets: Array, training: bool = False, is_frozen: bool = False
 ) -> Array:
-    """cross_entropy(x W^T, targets). x (..., C), weight (V, C), targets (...) -> scalar.
+    """Mean of -log softmax(x W^T)[target] over the targets that are not -1, in float32.
 
-    The logits of some rows exist at a time. In training the gradients, of x and unless it is frozen of the weight, are
-    computed with the loss.
+    x (..., C), weight (V, C), targets (...) int32 in [0, V), or -1 to be ignored -> scalar. The logits (..., V) of some
+    rows exist at a time. In training the gradients, of x and unless it is frozen of the weight, are computed with them.
     """
     if isinstance(x, CPUArray):
         return kernels.linear_cross_entropy(x, weight, targets)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -28,30 +29,24 @@ def recomputed(module: nn.Module, x: Array, keeps_products: bool) -> Array:
     if isinstance(x, CPUArray):  # the kernels keep no more than this by themselves
         return module(x) if keeps_products else kernels.recomputed(module, x)
     first = _FirstPass(keeps_products)
+    trained: dict[str, mx.array] = dict(tree_flatten(module.trainable_parameters()))  # type: ignore[arg-type]
 
-    def forward(weights: dict[str, Any], x: mx.array) -> mx.array:
-        with ops.activations_in(first):
-            return with_parameters(module, weights)(x)
+    def call(activations: ops.Activations, x: mx.array, *weights: mx.array) -> mx.array:
+        with ops.activations_in(activations):
+            return with_parameters(module, tree_unflatten(list(zip(trained, weights, strict=True))) or {})(x)
 
-    call = mx.custom_function(forward)
+    function = mx.custom_function(functools.partial(call, first))
 
-    @call.vjp
+    @function.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        flat: dict[str, mx.array] = dict(tree_flatten(primals[0]))  # type: ignore[arg-type]
-        second = _SecondPass(first, cotangent)
-
-        def named(arrays: Sequence[mx.array]) -> Any:
-            return tree_unflatten(list(zip(flat, arrays, strict=True)))
-
-        def forward_again(x: mx.array, *weights: mx.array) -> mx.array:
-            with ops.activations_in(second):
-                return with_parameters(module, named(weights))(x)
-
-        _, gradients = mx.vjp(forward_again, [after(primals[1], [cotangent]), *flat.values()], [cotangent])
+        x, *weights = primals if trained else [primals]  # MLX gives one argument as it is
+        second = functools.partial(call, _SecondPass(first, cotangent))
+        _, (dx, *dweights) = mx.vjp(second, [after(x, [cotangent]), *weights], [cotangent])
         # MLX is free to leave the weights' gradients for later, and would then hold the activations of all blocks.
-        return named(gradients[1:]), after(gradients[0], gradients[1:])
+        dx = after(dx, dweights)
+        return (dx, *dweights) if trained else dx
 
-    return call(module.trainable_parameters(), x)  # type: ignore[return-value]
+    return function(x, *trained.values())  # type: ignore[return-value]
 
 
 class _FirstPass(ops.Activations):

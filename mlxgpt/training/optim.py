@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -38,7 +39,6 @@ class AdamW(mlx.optimizers.Adam):
         self.weight_decay = config.weight_decay
         self._own: list[mx.array] = []  # the weights that own_weights made
         self._own_state: dict | None = None
-        self._update: _Update | None = None  # in update_if_finite
 
     def update_if_finite(self, model: Any, gradients: dict[str, Any], loss: mx.array, max_norm: float) -> mx.array:
         """Clips the gradients to max_norm (0 for none), and updates the model -> their norm before clipping, a scalar.
@@ -48,29 +48,31 @@ class AdamW(mlx.optimizers.Adam):
         """
         norm = global_norm(gradients)
         norm = mx.where(mx.isfinite(loss), norm, mx.nan)
-        finite = mx.isfinite(norm).astype(mx.float32)
-        step = self.step + 1
-        self._update = _Update(
-            is_finite=mx.isfinite(norm),
-            clip=clip_factor(norm, max_norm),
-            rates=(finite * (1 - self.betas[0]), finite * (1 - self.betas[1])),
-            step_size=finite * self.learning_rate / (1 - self.betas[0] ** step),
-            decay=finite * self.learning_rate * self.weight_decay,
-            correction=mx.rsqrt(1 - self.betas[1] ** step),
-            previous=[],
-        )
-        model.update(tree_map(self.apply_single, gradients, model, self.state))
-        self.state["step"] = mx.where(self._update.is_finite, step, self.step)
-        self._update = None
+        model.update(self._apply(gradients, model, mx.isfinite(norm), clip_factor(norm, max_norm)))
         return norm
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        if not self._initialized:
+            self.init(gradients)
+        return self._apply(gradients, parameters, mx.array(True), mx.array(1.0))
+
+    def _apply(self, gradients: Any, parameters: Any, is_finite: mx.array, clip: mx.array) -> Any:
+        """A tree of new parameters, from gradients times `clip`; the old ones where is_finite is false."""
+        taken, step, (beta1, beta2) = is_finite.astype(mx.float32), self.step + 1, self.betas
+        update = _Update(
+            is_finite, clip, (taken * (1 - beta1), taken * (1 - beta2)),
+            step_size=taken * self.learning_rate / (1 - beta1**step),
+            decay=taken * self.learning_rate * self.weight_decay,
+            correction=mx.rsqrt(1 - beta2**step), previous=[],
+        )  # fmt: skip
+        self.state["step"] = mx.where(is_finite, step, self.step)
+        return tree_map(functools.partial(self._updated, update), gradients, parameters, self.state)
+
+    def _updated(self, update: _Update, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """The new parameter; `state` gets the new averages.
 
-        One parameter is updated at a time, and with few intermediates: what there is of them is as large as it.
+        One parameter is updated at a time and with few intermediates, for each of them is as large as it.
         """
-        update = self._update
-        assert update is not None
         m, v = state["m"], state["v"]
         g = mx.where(update.is_finite, after(gradient, update.previous) * update.clip, 0)
         m = state["m"] = m + (g - m) * update.rates[0]
