@@ -23,8 +23,10 @@ from .common.settings import nearest, settings
 from .cpu import extension
 from .formats import model_directory
 from .model import ops
+from .model.attention import QUERIES
 from .model.cache import KVCache
 from .model.config import GPTConfig
+from .model.cross_entropy import chunk_rows
 from .model.gpt import GPT
 from .training.recipe import PRESETS
 
@@ -258,30 +260,28 @@ def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.
     loss, or in the optimizer's step.
     """
     config = model.config
-    B, T, L, dropout = batch_size, config.block_size, config.n_layer, config.dropout > 0
-    stream = B * T * config.n_embd * dtype.size  # (B, T, C)
-    square = B * config.n_head * T * T * dtype.size  # (B, n_head, T, T)
-    logits = 4 * B * T * config.vocab_size
-    parameters = 4 * model.n_params()
-    weights = 3 * parameters + (0 if dtype == mx.float32 else model.n_params() * dtype.size)
-    dropped = 2.25 * dropout  # scores after the mask, and the mask as numbers and as truth values
-    # What all layers keep, 24 streams of each for the GELU's gradient, and what one takes on the way back.
-    if grad_checkpoint:
-        streams, squares, of_layer = L, 0.0, (84 + dropout, 2.7 + dropped, 1.9)
-    else:
-        streams, squares, of_layer = 36 * L, (1 + dropped) * L, (38 + 2 * dropout, 2.0, 1.0)
-    kept = streams * stream + squares * square
-    layer = of_layer[0] * stream + of_layer[1] * square + of_layer[2] * logits
-    loss = stream + 4 * logits
-    total = kept + max(layer, loss)
-    if grad_checkpoint:  # when the first layer is called again, the gradients of the others are there
-        gradients = 4 * sum(w.size for n, w in model.named_weights().items() if n.startswith("h.") and n[:4] != "h.0.")
-        total = max(total, gradients + stream + layer)
+    B, T, V, C, L = batch_size, config.block_size, config.vocab_size, config.n_embd, config.n_layer
+    half = dtype != mx.float32
+    stream = B * T * C * dtype.size  # (B, T, C)
+    scores = B * config.n_head * min(T, QUERIES) * T * dtype.size  # of a block of queries, (B, n_head, 128, T)
+    logits = 4 * V * chunk_rows(B * T, C, V)  # of a chunk of rows, in float32
+    head, parameters = 4 * V * C, 4 * model.n_params()
+    weights = 3 * parameters + (model.n_params() * dtype.size if half else 0)
+    # In each pass, what is kept of all blocks and what the one at work takes; MLX on a CPU plans about ten operations
+    # ahead, and each one's result has its memory from then on.
+    kept = (L + 6 if grad_checkpoint else 10 * L + 5) * stream
+    block = (57 if grad_checkpoint else 41) * stream + 2.3 * scores
+    loss = (4 if half else 3) * head + (9 if half else 7) * logits
+    total = weights + kept + max(loss, head + block)
+    # When the gradient comes to the first block, those of the others are there.
+    gradients = 4 * sum(w.size for n, w in model.named_weights().items() if n.startswith("h.") and n[:4] != "h.0.")
+    total = max(total, weights + gradients + head + 4 * stream + block)
+    update = 4 * parameters + 3 * 4 * max(w.size for w in model.named_weights().values())
     return TrainingMemory(
-        activations=round((streams + of_layer[0]) * stream),
-        logits=4 * logits,
-        scores=round((squares + of_layer[1]) * square),
-        total=round(max(weights + total, 6.75 * parameters)),
+        activations=round(kept + block - 2.3 * scores),
+        logits=round(loss - (4 if half else 3) * head),
+        scores=round(2.3 * scores),
+        total=round(max(total, update)),
     )
 
 

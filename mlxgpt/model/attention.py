@@ -76,7 +76,8 @@ class BlockedAttention:
         if self._fused_forward:
             scale = q.shape[-1] ** -0.5
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal", force_fused=True)
-        blocks, parts = _blocks(q.shape[2], k.shape[2]), []
+        blocks = _blocks(q.shape[2], k.shape[2])
+        parts: list[mx.array] = []
         for n, block in enumerate(blocks):
             rows = after(q[:, :, block.start : block.stop], parts[-1:])
             weights = self._weights(rows, k[:, :, : block.n_keys])

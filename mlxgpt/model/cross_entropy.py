@@ -9,7 +9,7 @@ import mlx.core as mx
 from .differentiable import after
 from .matrices import Matrix, product, product_gradient
 
-_ELEMENTS = 2**22  # of a chunk of logits, at least: with much fewer a GPU would not be busy
+LOGITS = 2**22  # in a chunk, at least: with much fewer a GPU would not be busy
 
 
 def linear_mean_loss(
@@ -23,13 +23,13 @@ def linear_mean_loss(
     its gradient takes the logits once more. A frozen matrix has no gradient, and a quantized one never has.
     """
     chunked = _Chunked(matrix, targets, is_frozen or not isinstance(matrix, mx.array))
-    at_once: list[tuple[mx.array, ...]] = []
+    at_once: list[list[mx.array]] = []
 
     def forward(x: mx.array, *_: mx.array) -> mx.array:
         if not training:
             return chunked.loss(x)
         loss, *gradients = chunked.loss_and_gradients(x)
-        at_once.append(tuple(gradients))
+        at_once.append(gradients)
         return loss
 
     function = mx.custom_function(forward)
@@ -37,13 +37,22 @@ def linear_mean_loss(
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         primals = primals if isinstance(primals, (tuple, list)) else (primals,)
-        _, *gradients = (None, *at_once.pop()) if at_once else chunked.loss_and_gradients(primals[0])
+        gradients = at_once.pop() if at_once else chunked.loss_and_gradients(primals[0])[1:]
         # A float16 gradient is multiplied by the loss scale, which the cotangent has, before it is divided by N.
         factor = cotangent / _count(targets)
         scaled = [(g * factor).astype(a.dtype) for g, a in zip(gradients, primals, strict=True)]
         return tuple(scaled) if len(scaled) > 1 else scaled[0]
 
     return function(x) if chunked.is_frozen else function(x, matrix)  # type: ignore[return-value]
+
+
+def chunk_rows(N: int, C: int, V: int) -> int:
+    """Rows of a chunk, at most: as many as have a quarter as many logits as the matrix has numbers or, if that is more,
+    LOGITS; of N rows at most.
+
+    With fewer rows, adding to the matrix's gradient would take longer than computing what is added.
+    """
+    return min(N, max(C // 4, LOGITS // V, 1))
 
 
 class _Chunked:
@@ -53,13 +62,7 @@ class _Chunked:
         self._matrix, self._targets, self.is_frozen = matrix, targets, is_frozen
 
     def _chunks(self, N: int) -> list[slice]:
-        """Rows whose logits take a quarter of the matrix's memory or, if that is more, 16 MB.
-
-        With fewer rows, adding to the matrix's gradient would take longer than computing what is added.
-        """
-        V, C = self._matrix.shape
-        rows = max(C // 4, _ELEMENTS // V, 1)
-        count = -(-N // rows)
+        count = -(-N // chunk_rows(N, *reversed(self._matrix.shape)))
         return [slice(N * n // count, N * (n + 1) // count) for n in range(count)]
 
     def loss(self, x: mx.array) -> mx.array:
