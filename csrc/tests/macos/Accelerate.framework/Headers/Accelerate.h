@@ -1,10 +1,11 @@
 // Stands in for Apple's header where scripts/check_targets.sh compiles for macOS without Apple's SDK: what
-// runtime/blas.h uses, declared as <vecLib/cblas_new.h> declares it from the SDK of macOS 13.3 on. Accelerate.tbd
-// beside it stands in for the library.
+// runtime/blas.h uses, declared as <vecLib/cblas_new.h> declares it from the SDK of macOS 13.3 on.
+// Accelerate.tbd beside it stands in for the library.
 #pragma once
 
 #if !defined(ACCELERATE_NEW_LAPACK)
-#error "ACCELERATE_NEW_LAPACK is not defined: Apple's header then declares the old interface, which is deprecated"
+#error \
+    "ACCELERATE_NEW_LAPACK is not defined: Apple's header then declares the old interface, which is deprecated"
 #endif
 
 extern "C" {
