@@ -2,11 +2,16 @@
 # Builds csrc/ in every way that it must build, and runs csrc/tests/test_kernels.cpp from each build: by GCC, by Clang
 # with libc++ (as on macOS), for 64-bit Arm under emulation (the NEON kernels), with the AVX-512 kernels emulated by
 # SIMDe, and with the address, undefined-behaviour and thread sanitizers. Builds for this machine's processor also run
-# csrc/tests/test_products.cpp, with a plain CBLAS, whose calls are the same as Accelerate's. Runs from any directory;
-# the exit status is 1 if a build or a test fails. The tests of one build run while the next is built.
+# csrc/tests/test_products.cpp, with a plain CBLAS, whose calls are the same as Accelerate's. For macOS on Apple silicon
+# it builds everything, the Python module and the calls of Accelerate included, and runs nothing. Runs from any
+# directory; the exit status is 1 if a build or a test fails. The tests of one build run while the next is built.
 #
-#   scripts/check_targets.sh [NAME...]     names: asan arm tsan avx512 clang gcc; all if none is given
+#   scripts/check_targets.sh [NAME...]     names: asan arm tsan avx512 clang gcc macos; all if none is given
+#
+# macos needs a Python with the packages ziglang and pybind11: python3, or the one that the variable PYTHON names.
 set -u
+PYTHON=$("${PYTHON:-python3}" -c "import sys; print(sys.executable)")  # an absolute path
+export PYTHON
 cd "$(dirname "$0")/.."
 
 need() {  # need PROGRAM PACKAGE: succeeds if the program is installed
@@ -15,13 +20,23 @@ need() {  # need PROGRAM PACKAGE: succeeds if the program is installed
     return 1
 }
 
+need_module() {  # need_module PACKAGE: succeeds if the Python package is installed
+    "$PYTHON" -c "import $1" 2>/dev/null && return 0
+    echo "$name: the Python package $1 was not found: $PYTHON -m pip install $1" >&2
+    return 1
+}
+
+compile() {  # compile CMAKE-OPTIONS...
+    build=build/check/$name
+    mkdir -p "$build"
+    cmake -S . -B "$build" -DMLXGPT_BUILD_TESTS=ON -DMLXGPT_WERROR=ON "$@" >"$build/log" 2>&1 &&
+        cmake --build "$build" -j "$(getconf _NPROCESSORS_ONLN)" >>"$build/log" 2>&1 || { cat "$build/log"; return 1; }
+}
+
 check() {  # check EMULATOR CMAKE-OPTIONS...: builds, and starts the tests in the background
     emulator=$1
     shift
-    build=build/check/$name
-    mkdir -p "$build"
-    cmake -S . -B "$build" -DMLXGPT_BUILD_TESTS=ON -DMLXGPT_WERROR=ON -DMLXGPT_BLAS=cblas "$@" >"$build/log" 2>&1 &&
-        cmake --build "$build" -j "$(getconf _NPROCESSORS_ONLN)" >>"$build/log" 2>&1 || { cat "$build/log"; return 1; }
+    compile -DMLXGPT_BLAS=cblas "$@" || return 1
     run_tests >"$build/log" 2>&1 &
     running="$running $name:$!"
 }
@@ -35,7 +50,7 @@ run_tests() {
 
 failed=
 running=
-for name in ${@:-asan arm tsan avx512 clang gcc}; do
+for name in ${@:-asan arm tsan avx512 clang gcc macos}; do
     part=
     case $name in
     gcc) need g++ g++ && check "" -DCMAKE_CXX_COMPILER=g++ ;;
@@ -68,7 +83,13 @@ for name in ${@:-asan arm tsan avx512 clang gcc}; do
         need g++ g++ && check "env MLXGPT_NUM_THREADS=4" -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug \
             "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1" -DCMAKE_CXX_FLAGS=-fsanitize=thread
         ;;
-    *) echo "check_targets.sh: $name is none of asan, arm, tsan, avx512, clang, gcc" >&2; exit 2 ;;
+    macos)  # SKBUILD adds the Python module; it is compiled with the headers of $PYTHON
+        need_module ziglang && need_module pybind11 &&
+            compile -DCMAKE_TOOLCHAIN_FILE="$PWD/csrc/tests/macos/toolchain.cmake" -DSKBUILD=ON \
+                -DSKBUILD_PROJECT_VERSION=0 -DPython_EXECUTABLE="$PYTHON" \
+                -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" && echo "$name: passed"
+        ;;
+    *) echo "check_targets.sh: $name is none of asan, arm, tsan, avx512, clang, gcc, macos" >&2; exit 2 ;;
     esac
     if [ $? != 0 ]; then
         echo "$name: FAILED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import metadata, requires, version
@@ -45,6 +46,12 @@ def test_mlx_has_extras_of_these_names():
 
 def test_the_version_is_the_one_that_is_installed():
     assert mlxgpt.__version__ == version("mlxgpt")
+
+
+def test_a_wheel_is_tagged_for_the_macos_that_the_extension_is_built_for():
+    tag = re.search(r'CMAKE_OSX_DEPLOYMENT_TARGET = .*default = "([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    binary = re.search(r"set\(oldest_macos ([\d.]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert tag[1] == binary[1]
 
 
 def test_running_from_a_checkout_finds_the_installed_extension(tmp_path):
