@@ -78,12 +78,12 @@ class BlockedAttention:
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal", force_fused=True)
         blocks = _blocks(q.shape[2], k.shape[2])
         parts: list[mx.array] = []
-        for n, block in enumerate(blocks):
-            rows = after(q[:, :, block.start : block.stop], parts[-1:])
-            weights = self._weights(rows, k[:, :, : block.n_keys])
-            if (mask := self._mask(n, len(blocks), weights, self._key)) is not None:
-                weights = weights * mask
-            parts.append(weights @ v[:, :, : block.n_keys])
+        for (start, stop, n_keys), key in zip(blocks, self._keys(len(blocks), self._key), strict=True):
+            rows = after(q[:, :, start:stop], parts[-1:])
+            weights = self._weights(rows, k[:, :, :n_keys])  # (B, n_head, rows, n_keys)
+            if key is not None:
+                weights = weights * dropout_mask(self._p, weights.shape, key, weights.dtype)
+            parts.append(weights @ v[:, :, :n_keys])
         return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
     def backward(self, arrays: Sequence[mx.array], out: mx.array, dout: mx.array) -> list[mx.array]:
@@ -93,15 +93,15 @@ class BlockedAttention:
         dq: list[mx.array] = []
         done: list[list[mx.array]] = [[], []]  # parts of dk and dv that are complete, the last ones first
         sums: list[mx.array] = []  # of dk and dv, for the keys before those
-        key = self._key if self._key is None else after(self._key, [dout])
-        for n in reversed(range(len(blocks))):
-            start, stop, n_keys = blocks[n]
+        block_keys = self._keys(len(blocks), None if self._key is None else after(self._key, [dout]))
+        for (start, stop, n_keys), key in zip(reversed(blocks), reversed(block_keys), strict=True):
             drows = after(dout[:, :, start:stop], [*dq[-1:], *sums])
             rows, keys, values = after(q[:, :, start:stop], [drows]), k[:, :, :n_keys], v[:, :, :n_keys]
             weights = self._weights(rows, keys)  # (B, n_head, rows, n_keys)
             dweights = drows @ values.swapaxes(-1, -2)
             dropped = weights
-            if (mask := self._mask(n, len(blocks), weights, key)) is not None:
+            if key is not None:
+                mask = dropout_mask(self._p, weights.shape, key, weights.dtype)
                 dropped, dweights = weights * mask, dweights * mask
             dv = dropped.swapaxes(-1, -2) @ drows  # (B, n_head, n_keys, head_dim)
             # sum(weights * dweights) over the keys, in a cheaper way
@@ -126,8 +126,6 @@ class BlockedAttention:
         visible = mx.arange(n_keys) <= mx.arange(n_keys - n, n_keys)[:, None]  # (n, n_keys)
         return mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1, precise=True)
 
-    def _mask(self, n: int, count: int, weights: mx.array, key: mx.array | None) -> mx.array | None:
-        """The dropout mask of block n of count, from the key of all; None without dropout."""
-        if key is None:
-            return None
-        return dropout_mask(self._p, weights.shape, mx.random.split(key, count)[n], weights.dtype)
+    def _keys(self, count: int, key: mx.array | None) -> Sequence[mx.array | None]:
+        """The keys of the blocks' dropout masks, from one for all; None without dropout."""
+        return [None] * count if key is None else list(mx.random.split(key, count))

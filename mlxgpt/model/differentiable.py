@@ -49,6 +49,15 @@ def after(array: mx.array, others: Sequence[mx.array]) -> mx.array:
     return mx.depends([array], list(others))[0] if others else array
 
 
+def column_sums(rows: mx.array) -> mx.array:
+    """The sum of rows (N, n) -> (n,).
+
+    MLX adds numbers of half precision in half precision, where a sum of many stops growing. In its matrix products it
+    adds in float32.
+    """
+    return rows.sum(axis=0) if rows.dtype == mx.float32 else (mx.ones((1, len(rows)), rows.dtype) @ rows)[0]
+
+
 # ---- linear ----
 
 
@@ -62,7 +71,7 @@ def _linear_backward(arrays: Sequence[mx.array], _: mx.array, dy: mx.array) -> l
     dy_rows, x_rows = dy.reshape(-1, n_out), x.reshape(-1, n_in)  # (..., n) -> (N, n)
     gradients = [dy_rows.T @ x_rows]  # (n_out, n_in)
     if bias:
-        gradients.append(dy_rows.sum(axis=0))  # (n_out,)
+        gradients.append(column_sums(dy_rows))  # (n_out,)
     return [dy @ weight, *gradients]
 
 
@@ -72,6 +81,27 @@ linear = Differentiable(_linear, _linear_backward)  # x (..., n_in), weight (n_o
 def linear_with(weight: Quantized) -> Differentiable:
     """x W^T with a quantized weight, as a function of x alone."""
     return Differentiable(lambda x: product(x, weight), lambda _, __, dy: [product_gradient(dy, weight)])
+
+
+# ---- layer norm ----
+
+
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+    """MLX's layer norm over the last axis of x (..., C) -> (..., C)."""
+    if x.dtype == mx.float32:
+        return mx.fast.layer_norm(x, weight, bias, eps)
+
+    def forward(x: mx.array, weight: mx.array, *bias: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, weight, bias[0] if bias else None, eps)
+
+    def backward(arrays: Sequence[mx.array], _: mx.array, dy: mx.array) -> list[mx.array]:
+        x, weight, *biases = arrays
+        _, (dx,) = mx.vjp(lambda x: forward(x, weight), [x], [dy])
+        normalized, C = mx.fast.layer_norm(x, None, None, eps), x.shape[-1]
+        sums = [dy * normalized, *(dy for _ in biases)]
+        return [dx, *(column_sums(of_rows.reshape(-1, C)) for of_rows in sums)]  # (..., C) -> (N, C)
+
+    return Differentiable(forward, backward)(x, weight, *([] if bias is None else [bias]))
 
 
 # ---- GELU ----

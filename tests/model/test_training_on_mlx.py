@@ -188,6 +188,34 @@ def test_a_float16_gradient_survives_where_its_mean_would_be_0():
     assert_close([dx], [exact], 5e-3)
 
 
+# ---- half precision ----
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_sums_over_many_rows_grow_beyond_half_precision(dtype):
+    """Added up in bfloat16, 5000 ones make 256."""
+    N, C = 5000, 4
+    x, ones = mx.broadcast_to(mx.array([-1.0, 1, -1, 1]), (N, C)).astype(dtype), mx.ones((N, C), dtype)
+    weight, bias = mx.ones((C,), dtype), mx.zeros((C,), dtype)
+    _, (_, dweight, dbias) = mx.vjp(lambda *a: ops.layer_norm(*a, 1e-5), [x, weight, bias], [ones])
+    assert_close([dweight, dbias], [mx.array([-N, N, -N, N]), mx.full((C,), N)], 5e-3)
+    _, (*_, dbias) = mx.vjp(ops.linear, [x, mx.ones((C, C), dtype), bias], [ones])
+    assert_close([dbias], [mx.full((C,), N)], 5e-3)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_layer_norm_in_half_precision_is_that_in_float32(has_bias):
+    arrays = [normal(2, 7, 16), normal(16), *([normal(16)] if has_bias else [])]
+    cotangents = [normal(2, 7, 16)]
+
+    def norm(x, weight, bias=None):
+        return ops.layer_norm(x, weight, bias, 1e-5)
+
+    expected = mx.vjp(norm, arrays, cotangents)
+    ours = mx.vjp(norm, *([a.astype(mx.float16) for a in group] for group in (arrays, cotangents)))
+    assert_close(ours[0] + ours[1], expected[0] + expected[1], 5e-3)
+
+
 # ---- the model ----
 
 
