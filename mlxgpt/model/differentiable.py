@@ -96,7 +96,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float)
 
     def backward(arrays: Sequence[mx.array], _: mx.array, dy: mx.array) -> list[mx.array]:
         x, weight, *biases = arrays
-        _, (dx,) = mx.vjp(lambda x: forward(x, weight), [x], [dy])
+        (dx,) = mx.vjp(lambda x: forward(x, weight), [x], [dy])[1]
         normalized, C = mx.fast.layer_norm(x, None, None, eps), x.shape[-1]
         sums = [dy * normalized, *(dy for _ in biases)]
         return [dx, *(column_sums(of_rows.reshape(-1, C)) for of_rows in sums)]  # (..., C) -> (N, C)
