@@ -7,7 +7,7 @@ Nothing here knows the model's structure: the model is built and run on one batc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +23,12 @@ from .common.settings import nearest, settings
 from .cpu import extension
 from .formats import model_directory
 from .model import ops
-from .model.attention import QUERIES
 from .model.cache import KVCache
 from .model.config import GPTConfig
-from .model.cross_entropy import chunk_rows
 from .model.gpt import GPT
-from .training.recipe import PRESETS
+from .training import device_memory, fitting
+from .training.footprint import copied_for_checkpoint, memory_on_kernels, memory_on_mlx
+from .training.recipe import PRESETS, TrainConfig
 
 STDLIB_CHARACTERS = 96  # distinct characters of the default corpus: printable ASCII and the line break
 
@@ -41,7 +41,7 @@ class InspectConfig:
     """a preset (cpu, shakespeare-char, gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a model directory"""
     batch_size: int = 1
     """sequences at once, B in the shapes"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what the activations and the weights in use are held in"""
     grad_checkpoint: bool = False
     """show memory in training with this setting"""
@@ -227,66 +227,9 @@ def flops_table(calls: list[Call], tokens: int) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes that a step of training holds at most, beside weights, gradients and AdamW's averages."""
-
-    activations: int  # kept for the backward pass, and its working memory
-    logits: int
-    scores: int  # T x T per head
-    total: int  # with all else that exists at the same time
-
-
-def memory_on_kernels(model: GPT, batch_size: int, grad_checkpoint: bool) -> TrainingMemory:
-    """Memory on the CPU's kernels, in float32, with the extension there: the arrays that cpu/operations.py makes.
-
-    They are kept by size from step to step, so that for each size the largest number at one time counts.
-    """
-    config = model.config
-    B, T, L, V, dropout = batch_size, config.block_size, config.n_layer, config.vocab_size, config.dropout > 0
-    if grad_checkpoint:
-        wide, qkv, narrow = 3, 2, L + 8 + 4 * dropout  # arrays (B, T, 4C), (B, T, 3C) and (B, T, C)
-    else:
-        wide, qkv, narrow = L + 2, L + 1, 3 * L + 5 + (2 * L + 1) * dropout
-    activations = (4 * wide + 3 * qkv + narrow) * 4 * B * T * config.n_embd
-    logits = 4 * V * extension.core.cross_entropy_rows(B * T, V)  # of some rows at a time
-    return TrainingMemory(activations, logits, 0, 4 * 4 * model.n_params() + activations + logits)
-
-
-def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype) -> TrainingMemory:
-    """Memory by MLX's operations, not compiled. The numbers of arrays were found by measuring the peak of MLX 0.32.
-
-    MLX frees arrays that nothing needs any more, so the peak comes in the backward pass of the last layer or of the
-    loss, or in the optimizer's step.
-    """
-    config = model.config
-    B, T, V, C, L = batch_size, config.block_size, config.vocab_size, config.n_embd, config.n_layer
-    half = dtype != mx.float32
-    stream = B * T * C * dtype.size  # (B, T, C)
-    scores = B * config.n_head * min(T, QUERIES) * T * dtype.size  # of a block of queries, (B, n_head, 128, T)
-    logits = 4 * V * chunk_rows(B * T, C, V)  # of a chunk of rows, in float32
-    head, parameters = 4 * V * C, 4 * model.n_params()
-    weights = 3 * parameters + (model.n_params() * dtype.size if half else 0)
-    # In each pass, what is kept of all blocks and what the one at work takes; MLX on a CPU plans about ten operations
-    # ahead, and each one's result has its memory from then on.
-    kept = (L + 6 if grad_checkpoint else 10 * L + 5) * stream
-    block = (57 if grad_checkpoint else 41) * stream + 2.3 * scores
-    loss = (4 if half else 3) * head + (9 if half else 7) * logits
-    total = weights + kept + max(loss, head + block)
-    # When the gradient comes to the first block, those of the others are there.
-    gradients = 4 * sum(w.size for n, w in model.named_weights().items() if n.startswith("h.") and n[:4] != "h.0.")
-    total = max(total, weights + gradients + head + 4 * stream + block)
-    update = 4 * parameters + 3 * 4 * max(w.size for w in model.named_weights().values())
-    return TrainingMemory(
-        activations=round(kept + block - 2.3 * scores),
-        logits=round(loss - (4 if half else 3) * head),
-        scores=round(2.3 * scores),
-        total=round(max(total, update)),
-    )
-
-
-def memory_table(model: GPT, cache: KVCache, batch_size: int, dtype: str, grad_checkpoint: bool) -> Table:
-    """Bytes held in training, by the kernels and by MLX's operations, and in generation."""
+def memory_table(model: GPT, cache: KVCache, config: InspectConfig) -> Table:
+    """Bytes held in training, by the kernels and by MLX's operations, and in generation; and what this device has."""
+    batch_size, dtype, grad_checkpoint = config.batch_size, config.dtype, config.grad_checkpoint
     used, has_kernels = getattr(mx, dtype), dtype == "float32" and extension.is_there()
     on_mlx = {recompute: memory_on_mlx(model, batch_size, recompute, used) for recompute in (False, True)}
     on_kernels = on_mlx
@@ -295,8 +238,9 @@ def memory_table(model: GPT, cache: KVCache, batch_size: int, dtype: str, grad_c
     mlx, kernels = on_mlx[grad_checkpoint], on_kernels[grad_checkpoint]
     table = _table(f"Memory in {dtype}", "what", "CPU's kernels", "MLX (GPU)", "")
 
-    def row(what: str, on_kernels: int, on_mlx: int, note: str = "", style: str = "") -> None:
-        table.add_row(what, _bytes(on_kernels) if has_kernels else "", _bytes(on_mlx), note, style=style)
+    def row(what: str, on_kernels: int | None, on_mlx: int | None, note: str = "", style: str = "") -> None:
+        cells = (on_kernels if has_kernels else None, on_mlx)
+        table.add_row(what, *("" if n is None else _bytes(n) for n in cells), note, style=style)
 
     master = 4 * model.n_params()
     weights = sum(p.nbytes for p in model.named_weights().values())
@@ -313,6 +257,15 @@ def memory_table(model: GPT, cache: KVCache, batch_size: int, dtype: str, grad_c
     other = not grad_checkpoint
     name = "with grad_checkpoint" if other else "without grad_checkpoint"
     row(name, on_kernels[other].total, on_mlx[other].total, "the total", "bold")
+    copies = copied_for_checkpoint(model)
+    row("a checkpoint's copies", copies, copies, "at most, while one is written")
+    if memory := device_memory.available():
+        run: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "grad_checkpoint": grad_checkpoint}
+        missing = fitting.run_memory(model, replace(TrainConfig(), **run)) - memory.room
+        note = "free: a run fits" if missing <= 0 else f"free: too little for a run by {_bytes(missing)}"
+        on_cpu = extension.available(used)
+        name = "this GPU" if mx.default_device().type == mx.gpu else "this CPU"
+        row(name, memory.free if on_cpu else None, None if on_cpu else memory.free, note, "bold")
     table.add_section()
     row("key/value cache", cache.nbytes, cache.nbytes, "generation, all positions")
     return table
@@ -369,7 +322,7 @@ def main(args: Sequence[str]) -> None:
     console.print(shape_table(calls, ids))
     console.print(parameter_table(model))
     console.print(flops_table(calls, ids.size))
-    console.print(memory_table(model, cache, config.batch_size, config.dtype, config.grad_checkpoint))
+    console.print(memory_table(model, cache, config))
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
-        no_memory = isinstance(error, RuntimeError) and "alloc" in str(error)  # what MLX raises
-        if os.environ.get("MLXGPT_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not no_memory):
+        unexpected = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+        if os.environ.get("MLXGPT_TRACEBACK") == "1" or unexpected:
             raise
         print(f"{prog}: error: {describe(error)}", file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
@@ -126,6 +126,15 @@ def run(prog: str, main: Callable[[Sequence[str]], None], args: Sequence[str] | 
     finally:
         _started_as.reset(token)
     sys.exit(status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was not to be had: MLX raises a RuntimeError, on a GPU that of Metal or
+    CUDA."""
+    names = "alloc", "out of memory", "OutOfMemory", "Insufficient Memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+    )
 
 
 def describe(error: BaseException) -> str:

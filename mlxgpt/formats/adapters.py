@@ -41,9 +41,14 @@ def new(rank: int, alpha: float | None, targets: str, base: Path | None) -> LoRA
     if base is None:
         rule = "expected 0 unless init_from is a model directory (scripts/convert_weights.py makes one)"
         raise ValueError(f"lora_rank is {rank}, {rule}")
-    names = tuple(dict.fromkeys(name.strip() for name in targets.split(",") if name.strip()))
-    adapters = LoRA(rank, 2.0 * rank if alpha is None else alpha, names)
+    adapters = without_base(rank, alpha, targets)
     return replace(adapters, base=base.resolve(), base_sha256=disk.sha256(_weights_in(base)))
+
+
+def without_base(rank: int, alpha: float | None, targets: str) -> LoRA:
+    """The same for no model in particular: the adapters' shapes. ValueError for settings that adapters can't have."""
+    names = tuple(dict.fromkeys(name.strip() for name in targets.split(",") if name.strip()))
+    return LoRA(rank, 2.0 * rank if alpha is None else alpha, names)
 
 
 # ---- writing ----

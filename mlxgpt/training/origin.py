@@ -24,7 +24,7 @@ from .recipe import TrainConfig
 # Settings that can't change when a run is resumed: it would not be the same run.
 _FIXED = ("seed", "freeze", "lora_rank", "lora_alpha", "lora_targets")
 # Settings that a checkpoint does not keep: the model's shape lies in config.json, the others are of one command.
-_NOT_KEPT = ("model", "config", "resume", "init_from", "out_dir", "overwrite")
+_NOT_KEPT = ("model", "config", "resume", "init_from", "out_dir", "overwrite", "fit")
 # Settings whose change is not told: the preset's values are told one by one, and the data has a checksum.
 _NOT_TOLD = ("preset", "data")
 
@@ -175,6 +175,20 @@ def choose_trained(model: GPT, config: TrainConfig, origin: Origin | None) -> No
         mx.random.seed(config.seed)
         base = origin.directory if origin else None
         lora.add(model, adapters.new(config.lora_rank, config.lora_alpha, config.lora_targets, base))
+    _freeze(model, config)
+
+
+def outline(config: TrainConfig) -> GPT:
+    """The model that settings describe, with its adapters and frozen parameters. Its weights are lazy: they take no
+    memory. ValueError."""
+    model = GPT(config.model)
+    if config.lora_rank:
+        lora.add(model, adapters.without_base(config.lora_rank, config.lora_alpha, config.lora_targets))
+    _freeze(model, config)
+    return model
+
+
+def _freeze(model: GPT, config: TrainConfig) -> None:
     if config.freeze:
         model.freeze_named(name.strip() for name in config.freeze.split(",") if name.strip())
 

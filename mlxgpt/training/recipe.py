@@ -96,6 +96,9 @@ class TrainConfig:
     grad_checkpoint: bool = False
     """keep only each block's input for the backward pass, and recompute the rest there: less memory, about a third
     more time"""
+    fit: bool = False
+    """where the device has too little memory, take smaller micro-batches (more of them to a step), grad_checkpoint or
+    bfloat16, whatever does least harm and fits"""
     seed: int = 1337
     """seeds initial weights, data order, dropout and samples"""
 
@@ -130,7 +133,7 @@ class TrainConfig:
 
     def recorded(self) -> dict[str, Any]:
         """The settings that a run records, by their flat names: all that are needed to repeat it."""
-        return {name: value for name, value in self.flat().items() if name not in ("config", "resume")}
+        return {name: value for name, value in self.flat().items() if name not in ("config", "resume", "fit")}
 
     def toml(self) -> bytes:
         """The content of a run's settings.toml: `--config` with this file repeats the run."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from ..common import disk
+from ..common import cli, disk
 from ..common.console import say
 from ..cpu import extension
 from ..data import dataset
@@ -25,13 +25,13 @@ from ..generation.decoding import Decoder
 from ..generation.sampling import Sampler
 from ..model import ops
 from ..model.gpt import GPT
-from . import checkpoints, device, distributed, loggers, plot
+from . import checkpoints, device, device_memory, distributed, fitting, footprint, loggers, plot
 from .checkpoints import Checkpoints, TrainingState
 from .distributed import Group
 from .interrupt import Interrupt
 from .metrics import METRICS, LossMonitor, Metrics
 from .optim import learning_rate
-from .origin import Origin, choose_trained, kept_settings
+from .origin import Origin, choose_trained, kept_settings, outline
 from .progress import Progress, summary
 from .recipe import TrainConfig
 from .trainer import Batch, Trainer
@@ -57,6 +57,8 @@ class Run:
         self.first_step = origin.step if origin else 0  # the optimizer steps taken before
         self.device = ops.use_device(config.device)
         self.config, self.data = _open_data(config, chosen, origin)
+        self.memory = device_memory.available()  # before the run takes any; None where it is not known
+        self.config = self._fit(self.config)
         self.model = _build_model(self.config)
         self.windows = StepWindows(self.data.train, self.config, group, self.first_step, saved.get("windows"))
         self.val_batches = _validation_batches(self.data.val, self.config)
@@ -64,12 +66,20 @@ class Run:
         self.losses = LossMonitor(self.config.spike_threshold, saved)
         self.tokens_before, self.seconds_before = saved.get("tokens", 0), saved.get("seconds", 0.0)
         self._unread: list[tuple[int, mx.array, mx.array]] = []  # steps with their losses and gradient norms
+        self._whole_step = self._saved_step = self.first_step  # the last step taken, and the last in a checkpoint
+        self._changing = False  # on the kernels, whether the next step has begun to change weights
         run_to_continue = origin.run_to_continue(self.config) if origin else None
         self.is_new = run_to_continue is None
         self.out_dir = run_to_continue or _make_directory(self.config, group)
         self.best = Best.of(origin, self.out_dir)
         self.metrics, self.checkpoints = self._open_directory()
         self._introduce()
+
+    def _fit(self, config: TrainConfig) -> TrainConfig:
+        """Says whether the run fits into memory, or with config.fit makes it fit, and sets a GPU's limits."""
+        model = outline(config)
+        device_memory.set_limits(self.memory, footprint.weights_and_averages(model))
+        return fitting.fit(config, model, self.memory, self.group, self._say)
 
     def _restore(self) -> Trainer:
         """Gives the model and the optimizer the state that the run begins with, the same on all ranks."""
@@ -133,12 +143,13 @@ class Run:
             peak_flops=device.peak_flops(config.dtype) * self.group.size,
             tokens=self.tokens_before, seconds=self.seconds_before,
         )  # fmt: skip
-        with interrupt, progress:
+        with interrupt, progress, self._memory_errors_explained(progress):
             if self.is_new:
                 with progress.paused():
                     self._evaluate()
             for step in range(self.first_step + 1, config.max_iters + 1):
                 loss = self.trainer.step(batches_of(step), before_update=self._before_arrays_change)
+                self._whole_step, self._changing = step, False
                 self._unread.append((step, loss, self.trainer.norm))
                 stop = self.group.any(interrupt.asked)
                 self._after_step(step, stop, progress)
@@ -147,6 +158,7 @@ class Run:
         self._finish()
 
     def _before_arrays_change(self) -> None:
+        self._changing = True
         if self.checkpoints:
             self.checkpoints.before_arrays_change()
 
@@ -225,6 +237,7 @@ class Run:
         )  # fmt: skip
         disk.sync(self.out_dir / METRICS)  # a checkpoint must not know of steps that the metrics don't have
         self.checkpoints.save(self.model, self.data.tokenizer, state, best)
+        self._saved_step = steps
 
     def _draw(self) -> None:
         if self.group.rank == 0:
@@ -234,9 +247,39 @@ class Run:
         """ValueError, once the checkpoint that is being written is on the disk."""
         if self.checkpoints:
             self.checkpoints.wait()
+        advice = f"try a learning_rate below {self.config.learning_rate}"
+        raise ValueError(f"{what}: training has diverged; {advice}{self._last_kept()}")
+
+    @contextlib.contextmanager
+    def _memory_errors_explained(self, progress: Progress) -> Iterator[None]:
+        """While it is entered, memory that runs out is a MemoryError of one line, raised when all that is whole is on
+        the disk."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not cli.is_out_of_memory(error):
+                raise
+            at, ranks = self.trainer.steps, self.group.size
+            self._save_last_whole_step(progress)
+            line = fitting.explain(error, at, self.model, self.config, self.memory, ranks)
+            raise MemoryError(f"{line}{self._last_kept()}") from None
+
+    def _save_last_whole_step(self, progress: Progress) -> None:
+        """Saves what was trained before memory ran out, where the failed step has not touched it, and waits for the
+        disk. By MLX's operations a step's arrays take the place of the last one's before they are computed."""
+        if self.checkpoints is None:
+            return
+        touched = self._changing if self.trainer.in_place else self._unread or self.trainer.steps > self._whole_step
+        if not touched and self._whole_step > self._saved_step:
+            self._read_losses(all_of_them=True)
+            self.trainer.steps = self._whole_step
+            if not self.losses.skipped_in_row:
+                self._save(False, progress)
+        self.checkpoints.wait()
+
+    def _last_kept(self) -> str:
         last = self.out_dir / checkpoints.LAST
-        kept = f"; the last good checkpoint is {last.resolve().name}" if last.exists() else ""
-        raise ValueError(f"{what}: training has diverged; try a learning_rate below {self.config.learning_rate}{kept}")
+        return f"; the last good checkpoint is {last.resolve().name}" if last.exists() else ""
 
     def sample(self) -> str:
         """Text from the model as it is now, from an empty prompt, with the same seed each time."""
@@ -322,21 +365,9 @@ def _open_data(config: TrainConfig, chosen: set[str], origin: Origin | None) -> 
 
 
 def _build_model(config: TrainConfig) -> GPT:
-    """A model with random weights, which are lazy: they take no memory yet.
-
-    MemoryError for a model that can't be trained here. (A GPU's own allocator says so; MLX on a CPU crashes.)
-    """
+    """A model with random weights, which are lazy: they take no memory yet."""
     mx.random.seed(config.seed)
-    model = GPT(config.model)
-    # float32 weights, and unless adapters alone are trained gradients and AdamW's two averages
-    needed = 4 * (1 if config.lora_rank else 4) * model.n_params()
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available and mx.default_device().type != mx.gpu:
-        raise MemoryError(
-            f"model: {model.n_params():,} parameters take {needed / 1e9:,.0f} GB to train, "
-            f"this machine has {available / 1e9:,.0f} GB"
-        )
-    return model
+    return GPT(config.model)
 
 
 def _windows(shards: Sequence[np.ndarray], config: TrainConfig, seed: int, name: str) -> Windows:

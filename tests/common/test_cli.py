@@ -164,3 +164,19 @@ def test_a_reader_that_stops_reading_is_no_error(run_python):
 def test_the_name_that_a_command_was_started_by_wins(capsys):
     assert run(lambda args: cli.parse(Shop, args, "another"), "--help") == 0
     assert capsys.readouterr().out.startswith("usage: shop [-h]")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[malloc] Unable to allocate 8000 bytes."), True),
+        (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"), True),
+        (RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:...)."), True),
+        (RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"), True),
+        (RuntimeError("[matmul] Last dimension of first input must match"), False),
+        (ValueError("alloc"), False),
+    ],
+)
+def test_which_errors_are_of_memory(error, expected):
+    assert cli.is_out_of_memory(error) is expected
