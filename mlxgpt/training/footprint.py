@@ -88,7 +88,7 @@ def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.
     # In each pass, what is kept of all blocks and what the one at work takes; MLX on a CPU plans about ten operations
     # ahead, and each one's result has its memory from then on.
     kept = (L + 6 if grad_checkpoint else 10 * L + 5) * stream
-    block = (57 if grad_checkpoint else 41) * stream + 2.3 * scores
+    block = _of_block(model, grad_checkpoint) * stream + 2.3 * scores
     loss = (4 if half else 3) * head + (9 if half else 7) * logits
     total = weights + kept + max(loss, head + block)
     # When the gradient comes to the first block, those of the others are there.
@@ -101,6 +101,15 @@ def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.
         scores=round(2.3 * scores),
         total=round(max(total, update)),
     )
+
+
+def _of_block(model: GPT, grad_checkpoint: bool) -> float:
+    """Arrays (B, T, C) that one block at work takes by MLX's operations, beside the scores."""
+    if _n_blocks_passed(model) == 0:  # it goes forward alone
+        return 21
+    arrays = 57 if grad_checkpoint else 41
+    matrices = [n for n, w in model.trainable_weights().items() if n.startswith("h.") and n.endswith(".weight")]
+    return arrays if any(".ln_" not in name for name in matrices) else 0.75 * arrays  # without a gradient of matrices
 
 
 def step_memory(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype) -> TrainingMemory:
@@ -116,9 +125,10 @@ def evaluation_memory(model: GPT, batch_size: int, dtype: mx.Dtype) -> int:
     It is less than what a step on as many windows holds, but with several ranks a step takes fewer at a time.
     """
     config = model.config
-    B, T, V = batch_size, config.block_size, config.vocab_size
-    held, arrays = parameter_memory(model), 16 * B * T * config.n_embd  # arrays (B, T, C)
+    B, T, V, C = batch_size, config.block_size, config.vocab_size, config.n_embd
+    stream = B * T * C * dtype.size  # (B, T, C)
     if extension.available(dtype):
-        return held + 4 * (arrays + V * extension.core.cross_entropy_rows(B * T, V))
+        return parameter_memory(model) + 16 * stream + 4 * V * extension.core.cross_entropy_rows(B * T, V)
     cast = 0 if dtype == mx.float32 else model.n_params() * dtype.size
-    return held + cast + (arrays + 3 * B * config.n_head * T * T) * dtype.size + 3 * 4 * B * T * V
+    scores = B * config.n_head * min(T, QUERIES) * T * dtype.size
+    return weights_and_averages(model) + cast + 28 * stream + scores + 3 * 4 * V * chunk_rows(B * T, C, V)

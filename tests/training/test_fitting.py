@@ -80,7 +80,9 @@ def test_a_run_that_fits_is_left_alone():
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(on_gpu):
-    config, line = fitted(CONFIG, memory_of(needed(dataclasses.replace(CONFIG, dtype="bfloat16"))))
+    singles = [{"grad_checkpoint": True}, {"dtype": "bfloat16"}]
+    room = max(needed(dataclasses.replace(CONFIG, **change)) for change in singles)
+    config, line = fitted(CONFIG, memory_of(room))
     assert config == CONFIG
     for part in (
         "memory: the run takes about", "too much", "it fits with --batch_size ", " --gradient_accumulation_steps ",
