@@ -250,8 +250,8 @@ def memory_table(model: GPT, cache: KVCache, config: InspectConfig) -> Table:
     row("gradients", master, master, "float32")
     row("AdamW's two averages", 2 * master, 2 * master, "float32")
     row("activations", kernels.activations, mlx.activations, "kept for the backward pass, and its working memory")
-    row("logits", kernels.logits, mlx.logits, "float32; on MLX all of them, and their gradient")
-    row("attention scores", kernels.scores, mlx.scores, "T x T per head")
+    row("logits", kernels.logits, mlx.logits, "float32, of some rows at a time")
+    row("attention scores", kernels.scores, mlx.scores, "of some queries at a time")
     note = "the most at one time: on MLX less than the sum" if dtype == "float32" else "the most at one time"
     row("training in total", kernels.total, mlx.total, note, "bold")
     other = not grad_checkpoint

@@ -49,8 +49,8 @@ class TrainingMemory:
     """Bytes that a step of training holds at most, beside weights, gradients and AdamW's averages."""
 
     activations: int  # kept for the backward pass, and its working memory
-    logits: int
-    scores: int  # T x T per head
+    logits: int  # of some rows at a time
+    scores: int  # of attention, of some queries at a time
     total: int  # with all else that exists at the same time
 
 
