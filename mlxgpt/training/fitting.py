@@ -28,8 +28,8 @@ def run_memory(model: GPT, config: TrainConfig, ranks: int = 1) -> int:
     model: as config describes it; its weights may be lazy. ValueError where the ranks can't share a step.
     """
     dtype = getattr(mx, config.dtype)
-    windows = distributed.rank_windows(config.batch_size, config.gradient_accumulation_steps, 0, ranks)[0]
-    step = footprint.step_memory(model, len(windows), config.grad_checkpoint, dtype).total
+    batches = distributed.rank_windows(config.batch_size, config.gradient_accumulation_steps, 0, ranks)
+    step = footprint.step_memory(model, len(batches[0]), config.grad_checkpoint, dtype, len(batches) > 1).total
     evaluation = footprint.evaluation_memory(model, config.batch_size, dtype)
     return max(step, evaluation) + footprint.copied_for_checkpoint(model)
 

@@ -70,8 +70,12 @@ def memory_on_kernels(model: GPT, batch_size: int, grad_checkpoint: bool) -> Tra
     return TrainingMemory(activations, logits, 0, parameter_memory(model) + activations + logits)
 
 
-def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype) -> TrainingMemory:
+def memory_on_mlx(
+    model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype, accumulates: bool = False
+) -> TrainingMemory:
     """Memory by MLX's operations, not compiled. The numbers of arrays were found by measuring the peak of MLX 0.32.
+
+    accumulates: whether a step has several micro-batches, and holds the sum of their gradients beside the next one's.
 
     MLX frees arrays that nothing needs any more, so the peak comes in the backward pass of the last layer or of the
     loss, or in the optimizer's step.
@@ -85,6 +89,7 @@ def memory_on_mlx(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.
     logits = 4 * V * chunk_rows(B * T, C, V)  # of a chunk of rows, in float32
     head = trained.get("wte.weight" if config.tied_head else "lm_head.weight", 0)  # its gradient
     weights = weights_and_averages(model) + (model.n_params() * dtype.size if half else 0)
+    weights += sum(trained.values()) if accumulates else 0
     # In each pass, what is kept of all blocks and what the one at work takes; MLX on a CPU plans about ten operations
     # ahead, and each one's result has its memory from then on.
     kept = (L + 6 if grad_checkpoint else 10 * L + 5) * stream
@@ -112,11 +117,13 @@ def _of_block(model: GPT, grad_checkpoint: bool) -> float:
     return arrays if any(".ln_" not in name for name in matrices) else 0.75 * arrays  # without a gradient of matrices
 
 
-def step_memory(model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype) -> TrainingMemory:
+def step_memory(
+    model: GPT, batch_size: int, grad_checkpoint: bool, dtype: mx.Dtype, accumulates: bool = False
+) -> TrainingMemory:
     """Memory of a step on the default device: by the CPU's kernels where they train this type, else by MLX."""
     if extension.available(dtype):
         return memory_on_kernels(model, batch_size, grad_checkpoint)
-    return memory_on_mlx(model, batch_size, grad_checkpoint, dtype)
+    return memory_on_mlx(model, batch_size, grad_checkpoint, dtype, accumulates)
 
 
 def evaluation_memory(model: GPT, batch_size: int, dtype: mx.Dtype) -> int:

@@ -104,20 +104,28 @@ def measure_mlx(config: TrainConfig, evaluates: bool = False) -> int:
         if evaluates:
             trainer.evaluate([(ids, ids)])
         else:
-            trainer.step([(ids, ids)]).item()
+            trainer.step([(ids, ids)] * config.gradient_accumulation_steps).item()
         mx.synchronize()
     return mx.get_peak_memory() - before
 
 
 @pytest.mark.parametrize(
-    "settings", [*SETTINGS, {"lora_rank": 4, "grad_checkpoint": True}, {"dtype": "bfloat16"}], ids=str
+    "settings",
+    [
+        *SETTINGS,
+        {"lora_rank": 4, "grad_checkpoint": True},
+        {"dtype": "bfloat16"},
+        {"batch_size": 2, "gradient_accumulation_steps": 3},
+    ],
+    ids=str,
 )
 def test_steps_by_mlx_take_the_memory_that_is_said(switch_off_kernels, settings):
     ops.use_device("cpu")
     switch_off_kernels()
     config = config_of(settings, **SMALL)
     dtype = getattr(mx, config.dtype)
-    expected = footprint.step_memory(outline(config), config.batch_size, config.grad_checkpoint, dtype).total
+    accumulates, size = config.gradient_accumulation_steps > 1, config.batch_size
+    expected = footprint.step_memory(outline(config), size, config.grad_checkpoint, dtype, accumulates).total
     assert measure_mlx(config) == pytest.approx(expected, rel=0.12)
 
 
