@@ -124,7 +124,8 @@ def set_limits(memory: DeviceMemory | None, held: int) -> None:
     """
     if memory is None or mx.default_device().type != mx.gpu:
         return
-    # Above it MLX waits for running work before it starts more. (Metal's own limit is 1.5 times as high.)
+    # Above it MLX waits for running work before it starts more, and so holds less. (By itself it would wait at 1.5
+    # times what Metal recommends.)
     mx.set_memory_limit(memory.free)
     # Freed buffers, kept for the next step: together with what is held between steps no more than there is.
     mx.set_cache_limit(max(0, memory.free - held))
