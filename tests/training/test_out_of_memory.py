@@ -78,7 +78,7 @@ def room_for(monkeypatch, **settings: object) -> None:
 
 def test_fit_takes_the_same_steps_in_less_memory(cpu_backend, monkeypatch, capsys):
     run("--out_dir", "whole")
-    room_for(monkeypatch, batch_size=4)
+    room_for(monkeypatch, batch_size=4, gradient_accumulation_steps=2)
     capsys.readouterr()
     run("--out_dir", "fitted", "--fit")
     assert "batch_size is 4, not 8, gradient_accumulation_steps is 2, not 1, eval_iters is 4, not 2" in " ".join(
@@ -107,7 +107,7 @@ def test_a_run_that_was_made_to_fit_is_resumed_as_it_was(monkeypatch):
 
 def test_a_run_that_does_not_fit_only_warns(monkeypatch, capsys):
     run("--out_dir", "whole")
-    room_for(monkeypatch, batch_size=4)
+    room_for(monkeypatch, batch_size=4, gradient_accumulation_steps=2)
     capsys.readouterr()
     run("--out_dir", "warned")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: the run takes"))
