@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxgpt.cpu import extension
 from mlxgpt.model import ops
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.training import footprint
@@ -64,7 +65,8 @@ def config_of(settings: dict, **shape: int) -> TrainConfig:
 @pytest.fixture
 def measure_kernels(run_python):
     """What steps or an evaluation with some settings take on the kernels, measured in a process of its own."""
-    pytest.importorskip("mlxgpt._core")
+    if not extension.is_there():
+        pytest.skip("the extension is not there")
     if not Path("/proc/self/status").exists():
         pytest.skip("only Linux says how much memory a process had")
 

@@ -12,6 +12,7 @@ import pytest
 from mlxgpt import train
 from mlxgpt.common import cli
 from mlxgpt.common.settings import read_toml
+from mlxgpt.cpu import extension
 from mlxgpt.formats import safetensors_file
 from mlxgpt.training import device_memory, fitting
 from mlxgpt.training.device_memory import DeviceMemory
@@ -194,7 +195,8 @@ def test_another_error_is_not_taken_for_one_of_memory(monkeypatch):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux keeps to a limit of addresses")
 def test_memory_that_really_runs_out_on_the_kernels(run_python, directory):
     """From step 5 on the process may take no more addresses, and its batches are four times as large."""
-    pytest.importorskip("mlxgpt._core")
+    if not extension.is_there():
+        pytest.skip("the extension is not there")
     code = """
 import resource, sys, numpy as np
 from mlxgpt import train
