@@ -172,13 +172,24 @@ def low_rank(x: Array, A: mx.array, B: mx.array, scale: float) -> Array:
     return scale * (x @ A.T) @ B.T
 
 
+def _rows(weight: mx.array, ids: mx.array) -> mx.array:
+    """weight[ids], with a gradient that is summed in float32: in bfloat16 a frequent id's sum would stop growing."""
+    rows = mx.custom_function(lambda weight: weight[ids])
+
+    @rows.vjp
+    def gradient(weight: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return mx.zeros(weight.shape).at[ids].add(cotangent.astype(mx.float32)).astype(weight.dtype)
+
+    return rows(weight)  # type: ignore[return-value]
+
+
 @operation
 def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     """Rows of weight (V, C), one for each of ids (...), int32 in [0, V) -> (..., C)."""
     if isinstance(weight, Quantized):
         packed, scales, biases = (part[ids] for part in weight[:3])
         return mx.dequantize(packed, scales, biases, group_size=weight.group_size, bits=weight.bits)
-    return weight[ids]
+    return _rows(weight, ids)
 
 
 @operation
