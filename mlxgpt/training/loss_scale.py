@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-FIRST, FLOOR, CEILING = 2.0**16, 1.0, 2.0**24
+FIRST, FLOOR, CEILING = 2.0**14, 1.0, 2.0**24  # a GPT's first gradients have a norm near 5: at 2**16 some overflow
 INTERVAL = 2000  # steps without an overflow, after which the scale is doubled
 
 
@@ -15,8 +15,8 @@ class LossScale:
     """A factor of the loss that adapts: an overflow of the gradient halves it, INTERVAL steps without one double it.
 
     Nothing is evaluated: the arrays of `state` are inputs and outputs of the step's graph.
-    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740. FIRST and INTERVAL are torch.amp.GradScaler's, which has
-    neither FLOOR nor CEILING.
+    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740. INTERVAL is torch.amp.GradScaler's, which has neither
+    FLOOR nor CEILING.
     """
 
     def __init__(self) -> None:
