@@ -127,8 +127,10 @@ class _Sequences:
             tokens, logprobs = self._choose(logits)  # (B,)
             is_ahead = asynchronous and not (cache.offsets[~self.ended] == cache.block_size).any()
             if is_ahead:
+                # Two evaluations, since what belongs to one can be read only when all of it is computed.
+                mx.async_eval(tokens, logprobs)
                 logits = step(tokens[:, None])  # (B, 1) -> (B, V)
-                mx.async_eval(tokens, logits)
+                mx.async_eval(logits)
             yield self._append(tokens, logprobs)
             if self.ended.all():
                 return

@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from ..data.tokenizer import Tokenizer
@@ -95,15 +97,26 @@ def evaluate(
         raise ValueError(f"data: {len(tokens)} tokens, expected at least 2: one to begin with, and one to predict")
     model.eval()  # no dropout
     nats, counts = 0.0, np.zeros(model.config.vocab_size, np.int64)
-    for ids, targets in _batches(windows(tokens, block_size, stride), batch_size):
+    for targets, loss in _losses(model, _batches(windows(tokens, block_size, stride), batch_size)):
         predicted = targets[targets >= 0]
-        batch_nats = float(ops.without_gradient(model, GPT.loss, ids, targets)) * len(predicted)
+        batch_nats = float(loss) * len(predicted)
         if not math.isfinite(batch_nats):
             raise ValueError(f"model: the loss is {batch_nats} after {counts.sum()} tokens, expected a finite number")
         nats += batch_nats
         counts += np.bincount(predicted, minlength=len(counts))
         on_batch(len(predicted), batch_nats)
     return Evaluation(nats, counts)
+
+
+def _losses(model: GPT, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, Any]]:
+    """Each batch's targets and its loss. Off the kernels MLX computes the next one while the caller reads this one."""
+    unread: list[tuple[np.ndarray, Any]] = []
+    for ids, targets in batches:
+        unread.append((targets, ops.without_gradient(model, GPT.loss, ids, targets)))
+        mx.async_eval(unread[-1][1])
+        if len(unread) > 1 or ops.on_kernels(model):
+            yield unread.pop(0)
+    yield from unread
 
 
 def _batches(

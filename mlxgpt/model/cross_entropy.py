@@ -10,6 +10,7 @@ from .differentiable import after
 from .matrices import Matrix, product, product_gradient
 
 LOGITS = 2**22  # in a chunk, at least: with much fewer a GPU would not be busy
+_ROWS = 4096  # in a chunk, at most: the sum of more rows' gradients might exceed float16
 
 
 def linear_mean_loss(
@@ -47,12 +48,11 @@ def linear_mean_loss(
 
 
 def chunk_rows(N: int, C: int, V: int) -> int:
-    """Rows of a chunk, at most: as many as have a quarter as many logits as the matrix has numbers or, if that is more,
-    LOGITS; of N rows at most.
+    """Rows of a chunk of N rows, at most: their logits are a quarter as many as the matrix has numbers, or LOGITS.
 
     With fewer rows, adding to the matrix's gradient would take longer than computing what is added.
     """
-    return min(N, max(C // 4, LOGITS // V, 1))
+    return min(N, _ROWS, max(C // 4, LOGITS // V, 1))
 
 
 class _Chunked:

@@ -58,6 +58,19 @@ def column_sums(rows: mx.array) -> mx.array:
     return rows.sum(axis=0) if rows.dtype == mx.float32 else (mx.ones((1, len(rows)), rows.dtype) @ rows)[0]
 
 
+# ---- embedding ----
+
+
+def rows(weight: mx.array, ids: mx.array) -> mx.array:
+    """weight[ids]: weight (V, C), ids (...) -> (..., C). Its gradient is summed in float32: in bfloat16 that of a
+    frequent id would stop growing."""
+
+    def backward(_: Sequence[mx.array], __: mx.array, dy: mx.array) -> list[mx.array]:
+        return [mx.zeros(weight.shape).at[ids].add(dy.astype(mx.float32)).astype(weight.dtype)]
+
+    return Differentiable(lambda weight: weight[ids], backward)(weight)
+
+
 # ---- linear ----
 
 

@@ -178,7 +178,7 @@ def embedding(ids: mx.array, weight: Matrix) -> mx.array:
     if isinstance(weight, Quantized):
         packed, scales, biases = (part[ids] for part in weight[:3])
         return mx.dequantize(packed, scales, biases, group_size=weight.group_size, bits=weight.bits)
-    return weight[ids]
+    return differentiable.rows(weight, ids)
 
 
 @operation

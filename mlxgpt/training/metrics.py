@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..common.disk import write_file
+from .loss_scale import is_overflow
 
 METRICS = "metrics.jsonl"  # in the run's directory
 
@@ -187,12 +188,16 @@ class LossMonitor:
         """JSON values to continue from."""
         return {"losses": self.since_log, "spikes": self.spikes.state, "skipped_in_row": self.skipped_in_row}
 
-    def add(self, loss: float, grad_norm: float) -> dict[str, Any] | None:
-        """Takes in a step's loss and the norm of its gradient -> the line of metrics.jsonl for an event, if it is one.
+    def add(self, loss: float, grad_norm: float, scale: float = 1.0) -> dict[str, Any] | None:
+        """Takes in a step's loss, norm of the gradient and loss scale -> the line of metrics.jsonl for an event, if it
+        is one.
 
-        A step where one of them is not finite was skipped, which is an event too.
+        A step where loss or norm is not finite was skipped, which is an event too. An overflow that a smaller loss
+        scale may mend is another: it does not count among the skipped steps in a row.
         """
         self.grad_norm = grad_norm
+        if is_overflow(loss, grad_norm, scale):
+            return {"event": "overflow", "loss_scale": scale}
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped_in_row += 1
             return {"event": "skipped", "in_row": self.skipped_in_row}

@@ -47,22 +47,25 @@ class Progress:
     def __exit__(self, *error: Any) -> None:
         self._bar.stop()
 
-    def totals(self, step: int) -> dict[str, Any]:
+    def totals(self, step: int, at: float | None = None) -> dict[str, Any]:
         """`tokens` trained on up to a step, and `seconds` of training without pauses: a resumed run continues from
-        these."""
+        these. The step was taken at a time of time.perf_counter, or now."""
         tokens = self._tokens + (step - self._since_step) * self._tokens_per_step
-        return {"tokens": tokens, "seconds": self._seconds + time.perf_counter() - self._since}
+        now = time.perf_counter() if at is None else at
+        return {"tokens": tokens, "seconds": self._seconds + now - self._since}
 
-    def log(self, step: int, loss: float, lr: float) -> dict[str, Any]:
+    def log(self, step: int, loss: float, lr: float, at: float | None = None) -> dict[str, Any]:
         """Shows the state after a step -> the values for its line in metrics.jsonl beside `loss` and `lr`.
 
+        The step was taken at a time of time.perf_counter, or now.
         `tokens_per_s` since the last log without pauses; `mfu`, model FLOPs utilization (PaLM, arXiv:2204.02311,
         appendix B), if the peak is known; `memory`, the peak so far in bytes; and the totals.
         """
-        totals = self.totals(step)
+        at = time.perf_counter() if at is None else at
+        totals = self.totals(step, at)
         speed = (totals["tokens"] - self._tokens) / (totals["seconds"] - self._seconds)
         self._tokens, self._seconds = totals["tokens"], totals["seconds"]
-        self._since, self._since_step = time.perf_counter(), step
+        self._since, self._since_step = at, step
         mfu = {} if self._mfu_of_speed is None else {"mfu": speed * self._mfu_of_speed}
         values = {"tokens_per_s": speed, **mfu, "memory": console.peak_memory(), **totals}
         share = f"MFU {mfu['mfu']:.0%}  " if mfu else ""
@@ -118,4 +121,4 @@ def summary(history: History, step: int, max_iters: int, out_dir: Path) -> str:
     return "\n".join(lines)
 
 
-_EVENTS = {"skipped": "skipped steps", "spike": "spikes of the loss"}
+_EVENTS = {"skipped": "skipped steps", "overflow": "overflows of float16", "spike": "spikes of the loss"}

@@ -89,8 +89,8 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes the GPU where MLX has one"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 computes in bfloat16 and keeps float32 master weights"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16 and float16 compute in half precision and keep float32 master weights; float16 scales the loss"""
     compile: bool = True
     """compile the training step with mx.compile (GPU only)"""
     grad_checkpoint: bool = False

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Run:
         self.trainer = self._restore()
         self.losses = LossMonitor(self.config.spike_threshold, saved)
         self.tokens_before, self.seconds_before = saved.get("tokens", 0), saved.get("seconds", 0.0)
-        self._unread: list[tuple[int, mx.array, mx.array]] = []  # steps with their losses and gradient norms
+        self._unread: list[tuple[int, float, tuple[mx.array, ...]]] = []  # steps, when taken, loss, norm, loss scale
         self._whole_step = self._saved_step = self.first_step  # the last step taken, and the last in a checkpoint
         self._changing = False  # on the kernels, whether the next step has begun to change weights
         run_to_continue = origin.run_to_continue(self.config) if origin else None
@@ -91,6 +92,8 @@ class Run:
         if self.origin and self.origin.record:
             checkpoints.restore_optimizer(self.origin.path, self.model, trainer.optimizer)
             trainer.steps = self.first_step
+            if trainer.loss_scale and (saved := self.origin.progress.get("loss_scale")):
+                trainer.loss_scale.restore(saved)
         common = {name: value for name, value in config.recorded().items() if name not in _MAY_DIFFER}
         group.agree({**common, "the data's SHA-256": self.data.fingerprint, "the step": self.first_step})
         self.model.update(group.broadcast(self.model.parameters()))  # machines may round random numbers differently
@@ -121,9 +124,11 @@ class Run:
         )
         for line in self.origin.introduction(config) if self.origin else []:
             self._say(line)
-        cpu = f"CPU with {'the C++ kernels' if extension.available() else 'MLX alone'}"
+        cpu = f"CPU with {'the C++ kernels' if self.trainer.in_place else 'MLX alone'}"
         where = "GPU" if self.device.type == mx.gpu else cpu
         self._say(f"device: {where}, {config.dtype}; writing to {self.out_dir}")
+        if extension.available() and not self.trainer.in_place:
+            self._say(f"{config.dtype} has no C++ kernels: on a CPU, --dtype float32 is many times faster", "yellow")
         if self.group.size > 1:
             self._say(f"ranks: {', '.join(self.group.names)}")
 
@@ -136,7 +141,7 @@ class Run:
         Ctrl-C or SIGTERM finishes the step, saves, and ends. ValueError when training has diverged.
         """
         config, interrupt = self.config, Interrupt()
-        batches_of = Prefetch(self.windows.batches)
+        batches_of = Prefetch(lambda step: self.trainer.on_device(self.windows.batches(step)))
         progress = Progress(
             self.console, self.first_step, config.max_iters, self.windows.per_step * config.model.block_size,
             eval_interval=config.eval_interval, flops_per_token=device.training_flops(config.model),
@@ -150,7 +155,7 @@ class Run:
             for step in range(self.first_step + 1, config.max_iters + 1):
                 loss = self.trainer.step(batches_of(step), before_update=self._before_arrays_change)
                 self._whole_step, self._changing = step, False
-                self._unread.append((step, loss, self.trainer.norm))
+                self._unread.append((step, time.perf_counter(), (loss, self.trainer.norm, self.trainer.scale)))
                 stop = self.group.any(interrupt.asked)
                 self._after_step(step, stop, progress)
                 if stop:
@@ -163,15 +168,13 @@ class Run:
             self.checkpoints.before_arrays_change()
 
     def _after_step(self, step: int, stop: bool, progress: Progress) -> None:
-        """Reads losses, logs, evaluates and saves, where the settings say so, and at the last step."""
+        """Reads and logs losses, evaluates and saves, where the settings say so, and at the last step."""
         config = self.config
         done = step == config.max_iters
         evaluates = step % config.eval_interval == 0 or done
         saves = step % (config.save_interval or config.eval_interval) == 0 or evaluates or stop
-        logs = step % config.log_interval == 0 or step == 1 or done
-        self._read_losses(all_of_them=logs or saves)
-        if logs:
-            self._log(step, progress)
+        # A GPU may still be computing the newest step, and is not kept waiting: that is logged after the next one.
+        self._read_losses(progress, all_of_them=saves or self.trainer.in_place)
         if saves:
             with progress.paused():
                 best = evaluates and self._evaluate()
@@ -182,31 +185,40 @@ class Run:
         elif self.checkpoints:
             self.checkpoints.check()
 
-    def _read_losses(self, all_of_them: bool) -> None:
-        """Reads the losses of all steps taken, or of all but the newest, which a GPU may still be computing.
+    def _read_losses(self, progress: Progress, all_of_them: bool) -> None:
+        """Reads and logs the losses of all steps taken, or of all but the newest.
 
         ValueError when too many steps in a row were skipped.
         """
         while len(self._unread) > (0 if all_of_them else 1):
-            step, *values = self._unread.pop(0)
-            loss, norm = map(float, values)
-            event = self.losses.add(loss, norm)
-            if event is None:
-                continue
-            self.metrics.add(step=step, **event)
-            if event["event"] == "spike":
-                above = event["deviations"]
-                self._say(f"step {step}: the loss jumps to {loss:.4f}, {above:.1f} standard deviations", "yellow")
-                continue
+            step, at, values = self._unread.pop(0)
+            loss, norm, scale = map(float, values)
+            self._note(step, loss, norm, scale)
+            if step % self.config.log_interval == 0 or step in (1, self.config.max_iters):
+                self._log(step, scale, progress, at if self._unread else time.perf_counter())
+
+    def _note(self, step: int, loss: float, norm: float, scale: float) -> None:
+        """Takes in a step's loss, and tells if it stands out. ValueError when too many in a row were skipped."""
+        event = self.losses.add(loss, norm, scale)
+        if event is None:
+            return
+        self.metrics.add(step=step, **event)
+        if event["event"] == "spike":
+            above = event["deviations"]
+            self._say(f"step {step}: the loss jumps to {loss:.4f}, {above:.1f} standard deviations", "yellow")
+        elif event["event"] == "overflow":
+            self._say(f"step {step} is skipped: its gradient overflows at a loss scale of {scale:g}", "dim")
+        else:
             self._say(f"step {step} is skipped: loss {loss}, norm of the gradient {norm}", "yellow")
             if (in_row := event["in_row"]) >= self.config.max_skipped:
                 self._raise_diverged(f"{in_row} steps in a row, to step {step}, had no finite loss and gradient")
 
-    def _log(self, step: int, progress: Progress) -> None:
+    def _log(self, step: int, scale: float, progress: Progress, at: float) -> None:
         loss, lr = self.losses.take_mean(), learning_rate(self.config, step - 1)
         if loss is not None:
-            shown = progress.log(step, loss, lr)
-            self.metrics.add(step=step, loss=loss, lr=lr, grad_norm=self.losses.grad_norm, **shown)
+            shown = progress.log(step, loss, lr, at)
+            scaled = {"loss_scale": scale} if self.trainer.loss_scale else {}
+            self.metrics.add(step=step, loss=loss, lr=lr, grad_norm=self.losses.grad_norm, **scaled, **shown)
 
     def _evaluate(self) -> bool:
         """Takes the validation loss, and after the first step a sample -> whether it is the lowest loss so far."""
@@ -226,13 +238,14 @@ class Run:
         """Starts a checkpoint, which is written while training goes on. OSError if an earlier one couldn't be."""
         if self.checkpoints is None:
             return
-        steps = self.trainer.steps
+        steps, scale = self.trainer.steps, self.trainer.loss_scale
         state = TrainingState(
             self.trainer.optimizer, steps, self.best.loss if math.isfinite(self.best.loss) else None,
             kept_settings(self.config),
             progress={
                 "data": self.data.fingerprint, "windows": self.windows.drawn_after(steps),
                 "best_step": self.best.step, **self.losses.state, **progress.totals(steps),
+                **({"loss_scale": scale.saved()} if scale else {}),
             },
         )  # fmt: skip
         disk.sync(self.out_dir / METRICS)  # a checkpoint must not know of steps that the metrics don't have
@@ -247,7 +260,8 @@ class Run:
         """ValueError, once the checkpoint that is being written is on the disk."""
         if self.checkpoints:
             self.checkpoints.wait()
-        advice = f"try a learning_rate below {self.config.learning_rate}"
+        wider = ", or --dtype bfloat16" if self.config.dtype == "float16" else ""
+        advice = f"try a learning_rate below {self.config.learning_rate}{wider}"
         raise ValueError(f"{what}: training has diverged; {advice}{self._last_kept()}")
 
     @contextlib.contextmanager
@@ -271,7 +285,7 @@ class Run:
             return
         touched = self._changing if self.trainer.in_place else self._unread or self.trainer.steps > self._whole_step
         if not touched and self._whole_step > self._saved_step:
-            self._read_losses(all_of_them=True)
+            self._read_losses(progress, all_of_them=True)
             self.trainer.steps = self._whole_step
             if not self.losses.skipped_in_row:
                 self._save(False, progress)

@@ -18,18 +18,20 @@ from ..cpu.tape import ParameterGradient, Tape
 from ..model import ops
 from ..model.gpt import GPT
 from .distributed import Group
+from .loss_scale import LossScale
 from .optim import AdamW, learning_rate
 from .recipe import TrainConfig
 
-Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (B, T)
+Sums = tuple[mx.array, dict[str, Any]]  # of losses and of their gradients
+Batch = tuple[Any, Any]  # inputs and targets, each (B, T) int32: NumPy's, or MLX's as Trainer.on_device makes them
 
 
 class Trainer:
     """A model, its optimizer, and the two things done with them: a step, and an evaluation.
 
-    The weights and the optimizer's state are float32; with dtype bfloat16 the loss and its gradient are computed in
-    bfloat16 from a copy of the weights. On a GPU both are compiled. With several ranks, all take the same step on
-    different batches.
+    The weights and the optimizer's state are float32. In half precision the loss and its gradient are computed from a
+    copy of the weights, and the gradients of micro-batches are summed in float32. On a GPU steps are compiled. With
+    several ranks, all take the same step on different batches.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class Trainer:
         self.optimizer.init(model.trainable_parameters())
         self.steps = 0  # taken or skipped
         self.norm = mx.array(0.0)  # of the last step's gradient, before clipping; not finite where the step was skipped
+        self.loss_scale = LossScale() if config.dtype == "float16" else None
+        self.scale = mx.array(1.0)  # of the last step's loss, other than 1 in float16 alone
         model.grad_checkpoint = config.grad_checkpoint
         self._dtype = getattr(mx, config.dtype)
         self.in_place = extension.available(self._dtype)
@@ -52,13 +56,14 @@ class Trainer:
         self._on_kernels: OnKernels | None = None
         self._arrays: list[mx.array] = []
         self._all_are_trained = len(model.trainable_weights()) == len(model.named_weights())
+        scale = self.loss_scale.state if self.loss_scale else {}
+        self._state = [model.state, self.optimizer.state, scale]  # what an update changes
         gradient, update, evaluation = self._loss_and_gradient, self._update_if_finite, self._loss
         if compiled is None:
             compiled = config.compile and mx.default_device().type == mx.gpu
         if compiled and not self.in_place:
-            state = [model.state, self.optimizer.state]
-            gradient = mx.compile(gradient, [model.state, mx.random.state], [mx.random.state])
-            update = mx.compile(update, state, state)
+            gradient = mx.compile(gradient, [model.state, scale, mx.random.state], [mx.random.state])
+            update = mx.compile(update, self._state, self._state)
             evaluation = mx.compile(evaluation, [model.state])
         self._gradient, self._update, self._evaluation = gradient, update, evaluation
 
@@ -74,34 +79,39 @@ class Trainer:
         self.steps += 1
         if self.in_place:
             return self._step_in_place(batches, before_update)
-        loss, gradients = self._gradient_of(0, batches[0])
-        for n, batch in enumerate(batches[1:], 1):
-            mx.eval(loss, gradients)  # so that one micro-batch's activations are held at a time
-            sums = loss, gradients
-            loss, gradients = tree_map(mx.add, sums, self._gradient_of(n, batch))
-        if len(batches) > 1:
-            loss, gradients = tree_map(lambda a: a / len(batches), (loss, gradients))
+        sums: Any = None
+        for n, batch in enumerate(self.on_device(batches)):
+            if sums:
+                # Starts the micro-batch before this one, without waiting for it. MLX itself waits when ten command
+                # buffers are not done (MAX_ACTIVE_TASKS), so two micro-batches' activations are never held.
+                mx.async_eval(sums)
+            self._seed_dropout(n)
+            sums = self._gradient(sums, *batch)
         if self.group.size > 1:
-            loss, gradients = self.group.average((loss.astype(mx.float32), gradients))
-        self.norm = self._update(gradients, loss)
-        del gradients  # they are freed one by one, as the parameters are updated
-        mx.async_eval(loss, self.norm, self.model.state, self.optimizer.state)
+            sums = self.group.average(sums)
+        loss, self.norm, self.scale = self._update(sums, len(batches))
+        del sums  # the gradients are freed one by one, as the parameters are updated
+        mx.async_eval(loss, self.norm, self.scale, self._state)
         return loss
+
+    def on_device(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches in the memory that they are computed from; those that are there already stay as they are.
+
+        Any thread may call it, ahead of the step.
+        """
+        if self.in_place:
+            return list(batches)
+        return [(_as_mlx(x), _as_mlx(y)) for x, y in batches]
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over some batches, without dropout; each rank takes its share of them."""
         self.model.eval()
         mine = batches[self.group.rank :: self.group.size]
-        return self.group.sum(sum(map(self._loss_without_gradient, mine)))[0] / len(batches)
-
-    def _loss_without_gradient(self, batch: Batch) -> float:
         if self.in_place:
-            return float(ops.without_gradient(self.model, GPT.loss, *batch))
-        return float(self._evaluation(*map(mx.array, batch)))
-
-    def _gradient_of(self, n: int, batch: Batch) -> tuple[mx.array, dict[str, Any]]:
-        self._seed_dropout(n)
-        return self._gradient(*map(mx.array, batch))
+            losses = [float(ops.without_gradient(self.model, GPT.loss, *batch)) for batch in mine]
+        else:
+            losses = self._losses(mine)
+        return self.group.sum(sum(losses))[0] / len(batches)
 
     def _seed_dropout(self, n: int) -> None:
         """Seeds MLX's generator, which dropout masks are drawn from, for this rank's n-th micro-batch of the step.
@@ -122,17 +132,38 @@ class Trainer:
     def _loss(self, x: mx.array, y: mx.array) -> mx.array:
         return with_parameters(self.model, self._cast(self.model.parameters())).loss(x, y)
 
-    def _loss_and_gradient(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict[str, Any]]:
-        """The loss, and its gradient with respect to the float32 weights that are trained."""
+    def _losses(self, batches: Sequence[Batch]) -> list[float]:
+        """The loss of each batch, without dropout. Only the last one is waited for."""
+        losses = []
+        for batch in self.on_device(batches):
+            losses.append(self._evaluation(*batch))
+            mx.async_eval(losses[-1])
+        return mx.stack(losses).tolist() if losses else []  # type: ignore[return-value]
+
+    def _loss_and_gradient(self, sums: Sums | None, x: mx.array, y: mx.array) -> Sums:
+        """The loss, and its gradient with respect to the float32 weights that are trained, which is multiplied by the
+        loss scale; both are added to `sums`, if there are any."""
         frozen = with_parameters(self.model, self._cast(self.model.parameters()))  # outside of the gradient
 
-        def loss(trained: dict[str, Any]) -> mx.array:
-            return with_parameters(frozen, self._cast(trained)).loss(x, y)
+        def loss(trained: dict[str, Any]) -> tuple[mx.array, mx.array]:
+            loss = with_parameters(frozen, self._cast(trained)).loss(x, y)
+            return loss * self.loss_scale.scale if self.loss_scale else loss, loss
 
-        return mx.value_and_grad(loss)(self.model.trainable_parameters())
+        (_, value), gradients = mx.value_and_grad(loss)(self.model.trainable_parameters())
+        return tree_map(mx.add, sums, (value, gradients)) if sums else (value, gradients)
 
-    def _update_if_finite(self, gradients: dict[str, Any], loss: mx.array) -> mx.array:
-        return self.optimizer.update_if_finite(self.model, gradients, loss, self.config.grad_clip)
+    def _update_if_finite(self, sums: Sums, n: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Updates the model by the mean of n micro-batches -> their mean loss, the norm of its gradient, and the loss
+        scale that they were computed with."""
+        scale = self.loss_scale.scale if self.loss_scale else mx.array(1.0)
+        loss, gradients = sums[0] / n, sums[1]
+        if self.loss_scale or n > 1:
+            divisor = n * scale
+            gradients = tree_map(lambda g: g / divisor, gradients)
+        norm = self.optimizer.update_if_finite(self.model, gradients, loss, self.config.grad_clip)
+        if self.loss_scale:
+            self.loss_scale.update(loss, norm)
+        return loss, norm, scale
 
     # ---- on the CPU's kernels ----
 
@@ -169,3 +200,7 @@ class Trainer:
             self._on_kernels = OnKernels(self.model, {name: ParameterGradient(g.shape, g) for name, g in gradients})
             self._arrays = arrays
         return self._on_kernels
+
+
+def _as_mlx(array: Any) -> mx.array:
+    return mx.array(array) if isinstance(array, np.ndarray) else array
