@@ -1,153 +1,239 @@
-"""Times the attention kernels next to PyTorch's, and next to what the processor's multiply-add units reach.
+"""Times causal attention beside PyTorch's, and on a CPU beside what the processor's multiply-add units reach.
 
-    python scripts/bench_attention.py [--threads N] [--seconds S] [--memory]
+    python scripts/bench_attention.py [--device auto|cpu|gpu] [--dtype T] [--threads N] [--seconds S] [--memory]
 
-Each line is one shape (B, n_head, T, head_dim), forward or forward and backward, causal, float32. The two
-take turns, so that both see the same state of the machine; times are medians, the ratio is PyTorch's time
-over ours. GFLOP/s count the causal half only: 4 * head_dim for each pair of a query and a key it sees, and
-2.5 times that for the backward pass. --memory measures what T = 32768 needs beyond inputs and outputs.
+Each line is one shape (B, n_head, T, head_dim), forward or forward and backward: on a CPU the extension's kernels in
+float32, else MLX. The two take turns, so that both see the same state of the machine; times are medians, the ratio is
+PyTorch's time over ours. GFLOP/s count the causal half only: 4 * head_dim for each pair of a query and a key it sees,
+and 2.5 times that for the backward pass. --memory measures what T = 32768 needs beyond inputs and outputs.
 """
 
-import argparse
-import os
-import platform
-import resource
+from __future__ import annotations
+
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import limits
+import numpy as np
+import report
+import turns
+from report import Row, Settings
+from turns import Contender
 
 SHAPES = [(8, 12, 512, 64), (1, 12, 4096, 64), (12, 4, 64, 32), (16, 6, 256, 64), (2, 16, 1024, 128)]
-PASSES = ("forward", "both")
+TOY = [(1, 2, 16, 8)]
+PASSES = {"forward": 1.0, "forward + backward": 3.5}  # and its operations over the forward pass's
+LONG = (1, 12, 32768, 64)
+TURN = 0.02  # seconds of calls in a turn, or one call
+
+TITLE = "Attention"
+NOTE = "Causal, (B, n_head, T, head_dim). Medians; operations of the causal half only."
+COLUMNS = [
+    ("shape", "shape", "{}"),
+    ("pass", "pass", "{}"),
+    ("", "contender", "{}"),
+    ("time", "ms", "{:,.2f} ms"),
+    ("GFLOP/s", "gflop_per_s", "{:,.0f}"),
+    ("of the multiply-add peak", "share_of_multiply_adds", "{:.0%}"),
+    ("time over ours", "time_over_ours", "{:.2f}"),
+]
+
+Passes = dict[str, Callable[[], object]]  # of PASSES
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="threads of both (default: physical cores)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each line (default: 4)")
-    parser.add_argument("--memory", action="store_true", help="measure memory at T = 32768 instead")
-    return parser.parse_args()
+# ---- the contenders' processes ----
 
 
-def arrays(B, n_head, T, head_dim, seed=0):
-    """q, k, v, dout and the kernels' outputs: out, lse, dq, dk, dv."""
-    rng = np.random.default_rng(seed)
-    shape = (B, n_head, T, head_dim)
-    inputs = [rng.standard_normal(shape, dtype=np.float32) for _ in range(4)]
-    outputs = [np.zeros(shape, np.float32), np.zeros(shape[:3], np.float32)]
-    return inputs, outputs + [np.zeros(shape, np.float32) for _ in range(3)]
+def draw(shape: tuple[int, ...]) -> list[np.ndarray]:
+    """q, k, v and the output's gradient."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, dtype=np.float32) for _ in range(4)]
 
 
-def kernels(shape):
-    """Functions for one forward, and one forward and backward, pass of the extension."""
-    (q, k, v, dout), (out, lse, dq, dk, dv) = arrays(*shape)
+def kernels(shape: tuple[int, ...]) -> Passes:
+    """The extension's."""
+    from mlxgpt.cpu.extension import core
+
+    q, k, v, dout = draw(shape)
+    out, lse, *gradients = (np.ones(s, np.float32) for s in (shape, shape[:3], shape, shape, shape))  # in memory now
     scale = shape[3] ** -0.5
 
-    def forward():
-        _core.attention_forward(q, k, v, out, lse, scale=scale)
+    def forward() -> None:
+        core.attention_forward(q, k, v, out, lse, scale=scale)
 
-    def both():
+    def both() -> None:
         forward()
-        _core.attention_backward(q, k, v, out, lse, dout, dq, dk, dv, scale=scale)
+        core.attention_backward(q, k, v, out, lse, dout, *gradients, scale=scale)
 
-    return forward, both
+    return dict(zip(PASSES, (forward, both), strict=True))
 
 
-def pytorch(shape):
-    """The same with torch.nn.functional.scaled_dot_product_attention."""
-    inputs, _ = arrays(*shape)
-    q, k, v, dout = (torch.from_numpy(x) for x in inputs)
+def by_mlx(shape: tuple[int, ...], dtype: str) -> Passes:
+    """The model's own operation, as it is trained by MLX."""
+    import mlx.core as mx
+
+    from mlxgpt.model import ops
+
+    *qkv, dout = (mx.array(x).astype(getattr(mx, dtype)) for x in draw(shape))
+    mx.eval(qkv, dout)
+    mx.reset_peak_memory()
+    return dict(
+        zip(
+            PASSES,
+            (lambda: mx.eval(ops.attention(*qkv)), lambda: mx.eval(mx.vjp(ops.attention, qkv, [dout]))),
+            strict=True,
+        )
+    )
+
+
+def by_pytorch(shape: tuple[int, ...], dtype: str, device: str) -> Passes:
+    """torch.nn.functional.scaled_dot_product_attention."""
+    import torch
+
+    name = turns.pytorch_device(device)
+    *qkv, dout = (torch.from_numpy(x).to(name, getattr(torch, dtype)) for x in draw(shape))
     attend = torch.nn.functional.scaled_dot_product_attention
 
-    def forward():
+    def forward() -> None:
         with torch.no_grad():
-            attend(q, k, v, is_causal=True)
+            attend(*qkv, is_causal=True)
+        turns.wait_for_pytorch(name)
 
-    def both():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    def both() -> None:
+        leaves = [x.detach().requires_grad_() for x in qkv]
         torch.autograd.grad(attend(*leaves, is_causal=True), leaves, dout)
+        turns.wait_for_pytorch(name)
 
-    return forward, both
-
-
-def take_turns(functions, seconds):
-    """Median time of each function; they run by turns for about so many seconds, 3 times at least."""
-    times = [[] for _ in functions]
-    for function in functions:
-        function()  # first calls allocate and start threads
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 3:
-        for function, own in zip(functions, times, strict=True):
-            time.sleep(0.03)  # PyTorch's threads spin for 10 ms after their work, and would slow the other down
-            turn = time.perf_counter() + 0.02
-            function()  # wakes this one's threads
-            while True:
-                start = time.perf_counter()
-                function()
-                now = time.perf_counter()
-                own.append(now - start)
-                if now > turn:
-                    break
-    return [statistics.median(own) for own in times]
+    return dict(zip(PASSES, (forward, both), strict=True))
 
 
-def speed(seconds):
-    # A shared machine's peak changes; the highest is the limit. The first bursts wake processors that sleep.
-    peaks = [_core.fma_peak() for _ in range(50)]
-    print("             shape     pass |       ms  GFLOP/s  of peak |  PyTorch  GFLOP/s | ratio")
-    for shape in SHAPES:
-        B, n_head, T, head_dim = shape
-        theirs = pytorch(shape) if torch else (None, None)
-        for name, own, other, factor in zip(PASSES, kernels(shape), theirs, (1, 3.5), strict=True):
-            operations = factor * B * n_head * T * (T + 1) / 2 * 4 * head_dim
-            peaks.append(_core.fma_peak())
-            ours, *rest = take_turns([own, other] if other else [own], seconds)
-            line = f"{shape!s:>18} {name:>8} | {ours * 1e3:8.2f} {operations / ours / 1e9:8.0f}"
-            line += f" {operations / ours / 1e9 / max(peaks):8.0%} |"
-            for their in rest:
-                line += f" {their * 1e3:8.2f} {operations / their / 1e9:8.0f} | {their / ours:.2f}"
-            print(line, flush=True)
+def make(maker: str, device: str, dtype: str, threads: int) -> tuple[Any, Callable[[Any], Any]]:
+    """A contender: it answers [shape, pass] with the seconds of each of some calls, and ["memory", pass] with bytes."""
+    if maker == "by_pytorch":
+        import torch
+
+        torch.set_num_threads(threads)
+    else:
+        from mlxgpt.model import ops
+
+        ops.use_device(device)
+    current: list[Any] = [None, {}]
+
+    def passes(shape: list[int]) -> Passes:
+        if current[0] != shape:
+            made = {
+                "kernels": lambda: kernels(tuple(shape)),
+                "by_mlx": lambda: by_mlx(tuple(shape), dtype),
+                "by_pytorch": lambda: by_pytorch(tuple(shape), dtype, device),
+            }[maker]()
+            current[:] = shape, made
+            for function in made.values():
+                function()  # first calls allocate, compile and start threads
+        return current[1]
+
+    def times(shape: list[int], name: str) -> list[float]:
+        function, taken = passes(shape)[name], []
+        end = time.perf_counter() + TURN
+        function()  # wakes threads
+        while not taken or time.perf_counter() < end:
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    return "ready", lambda question: memory(maker, dtype) if question == "memory" else times(*question)
 
 
-def memory():
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+def memory(maker: str, dtype: str) -> dict[str, int]:
+    """Bytes beyond inputs and outputs that each pass over LONG takes."""
+    import mlx.core as mx
 
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    passes = kernels(LONG) if maker == "kernels" else by_mlx(LONG, dtype)
+    peak = turns.process_peak_bytes if maker == "kernels" else mx.get_peak_memory
+    before, found = peak(), {}
+    for name, function in passes.items():
+        function()
+        found[name] = peak() - before
+    return found
 
-    (q, k, v, dout), (out, lse, dq, dk, dv) = arrays(1, 12, 32768, 64)
-    for array in (out, lse, dq, dk, dv):
-        array[:] = 1  # so that its pages are there before
-    before = peak()
-    _core.attention_forward(q, k, v, out, lse, scale=0.125)
-    print(f"(1, 12, 32768, 64) forward:  {peak() - before:6.1f} MB beyond inputs and outputs")
-    _core.attention_backward(q, k, v, out, lse, dout, dq, dk, dv, scale=0.125)
-    print(f"(1, 12, 32768, 64) backward: {peak() - before:6.1f} MB beyond inputs and outputs")
+
+# ---- the comparison ----
+
+
+def contenders(settings: Settings) -> list[Contender]:
+    dtype = next(iter(settings.dtypes), "float32" if settings.device == "cpu" else "bfloat16")
+    on_kernels = settings.machine["kernels"] and dtype == "float32"
+    work = dict(device=settings.device, dtype=dtype, threads=settings.machine["threads"])
+    makers = {f"mlxgpt, {dtype}": "kernels" if on_kernels else "by_mlx"}
+    if settings.machine["torch"]:
+        makers[f"PyTorch, {dtype}"] = "by_pytorch"
+    return [
+        Contender(name, turns.command(__file__, maker=maker, **work), dtype, is_ours=maker != "by_pytorch")
+        for name, maker in makers.items()
+    ]
+
+
+def of_pass(
+    settings: Settings, group: list[Contender], shape: tuple[int, ...], name: str, seconds: float, peak: float
+) -> Iterator[Row]:
+    """The rows of one shape and pass. peak: of multiply-adds, in FLOP/s; 0 where there is none to compare with."""
+    for contender in group:
+        contender.answers.clear()
+    most = 1 if settings.quick else 10**6
+    turns.take_turns(group, lambda contender: [shape, name], seconds=seconds, most=most)
+    B, n_head, T, head_dim = shape
+    operations = PASSES[name] * B * n_head * T * (T + 1) / 2 * 4 * head_dim
+    medians = [statistics.median([s for answer in c.answers for s in answer] or [0.0]) for c in group]
+    for contender, median in zip(group, medians, strict=True):
+        row: Row = {"shape": str(shape), "pass": name, "contender": contender.name, **contender.why()}
+        if median:
+            row |= {"ms": 1e3 * median, "gflop_per_s": operations / median / 1e9}
+            row |= {"time_over_ours": median / medians[0]} if medians[0] else {}
+            row |= {"share_of_multiply_adds": operations / median / peak} if peak else {}
+        yield row
+
+
+def rows(settings: Settings, seconds: float = 0) -> Iterator[Row]:
+    """seconds: of each line; 0 for its share of the settings'."""
+    shapes, group, asked = TOY if settings.toy else SHAPES, contenders(settings), limits.measuring(settings)
+    lines = [(shape, name) for shape in shapes for name in PASSES]
+    end, peak = time.perf_counter() + settings.seconds, 0.0  # a shared machine's peak changes: the highest is the limit
+    with turns.started([asked, *group], settings.environment, tell=settings.tell):
+        for n, (shape, name) in enumerate(lines):
+            settings.tell(f"attention {shape} {name}")
+            if settings.machine["kernels"]:
+                peak = max(peak, 1e9 * (asked.ask(["multiply-adds", 20], 60) or 0))
+            share = seconds or (end - time.perf_counter()) / (len(lines) - n)
+            yield from of_pass(settings, group, shape, name, share, peak)
+
+
+def memory_rows(settings: Settings) -> Iterator[Row]:
+    (own, *_) = contenders(settings)
+    with turns.started([own], settings.environment):
+        found = own.ask("memory", 3600) or {}
+    for name in PASSES:
+        row = {"shape": str(LONG), "pass": name, "contender": own.name}
+        yield row | ({"beyond_inputs_and_outputs_mb": found[name] / 1e6} if found else own.why())
+
+
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument(
+        "--dtype", nargs=1, choices=report.DTYPES, default=(), help="default: float32, on a GPU bfloat16"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each line (default: 4)")
+    parser.add_argument("--memory", action="store_true", help="measure memory at T = 32768 instead")
+    options = parser.parse_args()
+    if options.work:
+        return turns.serve(lambda: make(**options.work))
+    settings = report.settings(parser, options, dtypes=options.dtype)
+    if options.memory:
+        columns = [*COLUMNS[:3], ("beyond inputs and outputs", "beyond_inputs_and_outputs_mb", "{:,.1f} MB")]
+        report.run_alone(settings, memory_rows(settings), columns)
+    report.run_alone(settings, rows(settings, options.seconds), COLUMNS)
 
 
 if __name__ == "__main__":
-    options = parse()
-    if options.threads:
-        os.environ["MLXGPT_NUM_THREADS"] = str(options.threads)
-
-    import numpy as np
-
-    from mlxgpt import _core
-
-    try:
-        import torch  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        torch = None
-    threads = _core.num_threads()
-    version = "not installed"
-    if torch:
-        torch.set_num_threads(threads)
-        version = torch.__version__
-    print(f"{platform.machine()}, {_core.isa()}, {threads} threads, PyTorch {version}", flush=True)
-    environment = {**os.environ, "MLXGPT_NUM_THREADS": str(threads)}
-    subprocess.run([sys.executable, Path(__file__).with_name("limits.py")], check=True, env=environment)
-    if options.memory:
-        memory()
-    else:
-        speed(options.seconds)
+    main()

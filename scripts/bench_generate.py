@@ -1,6 +1,7 @@
 """Times generation with GPT-2's shape next to transformers, llama.cpp, nanoGPT's sampler and the memory's bandwidth.
 
-    python scripts/bench_generate.py [--context N] [--transformers-python PATH] [--llama-python PATH] [--quick]
+    python scripts/bench_generate.py [--device auto|cpu|gpu] [--dtype float32 8-bit ...] [--context N]
+                                     [--transformers-python PATH] [--llama-python PATH] [--quick]
 
 Each contender is a process of its own, on the same threads, with the same random weights; transformers and
 llama-cpp-python take part where they are installed, in this Python or in the one that is named. They take turns, so
@@ -8,18 +9,14 @@ that all see the same state of the machine: a turn is a prompt of N tokens and 6
 of 256 (whoever needs half a minute for that is asked once). Printed are medians of the turns; the share of what
 reading the weights once per token allows (the best bandwidth measured among the turns, over the bytes of all weights
 but the positions', a tied head counted once); the time over that of our model in the same or the nearest storage; the
-time of a whole process that prints one token; and the peak memory of a process. The last line is a model so small that
-Python's own time is left.
+time of a whole process that prints one token; and the peak memory. The last line is a model so small that Python's own
+time is left.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import math
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,12 +24,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import limits
 import numpy as np
+import report
+import turns
+from report import Row, Settings
+from turns import Contender
 
 VOCAB_SIZE, BLOCK_SIZE = 50257, 1024  # GPT-2's
+TOY_VOCAB_SIZE = 96  # printable ASCII, as in the default corpus
 NEW_TOKENS, PREFILL, RECOMPUTED = 64, 256, 256  # tokens of a turn, and the context of nanoGPT's row
 SLOW = 30  # seconds of a turn: who takes more is asked once
 PROMPT = "The meeting began at nine, and by noon they had not agreed on"
@@ -66,30 +70,34 @@ model = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_batch=512, n_threads=n, n_thr
 print(model.create_completion(sys.argv[3], max_tokens=1, temperature=0)["choices"][0]["text"])
 """
 
+TITLE = "Generation"
+NOTE = (
+    "GPT-2's shape, 124 M parameters, greedy, after a prompt of 16 tokens; medians. The limit is reading all weights "
+    "once per token, at the best bandwidth measured in that time."
+)
+COLUMNS = [
+    ("", "contender", "{}"),
+    ("tokens/s", "tokens_per_s", "{:,.1f}"),
+    ("read per token", "mb_per_token", "{:,.0f} MB"),
+    ("of what reading the weights allows", "share_of_bandwidth", "{:.0%}"),
+    ("time over ours", "time_over_ours", "{:.2f}"),
+    (f"prompt of {PREFILL}, tokens/s", "prompt_tokens_per_s", "{:,.0f}"),
+    ("process to first token", "first_token_s", "{:.2f} s"),
+    ("peak memory", "peak_memory_mb", "{:,.0f} MB"),
+]
+
 Times = Callable[[list[int], int], list[float]]  # a prompt and a number of tokens -> when each of them was there
-
-
-@dataclass
-class Contender:
-    name: str
-    kind: str  # of work()
-    python: str
-    path: str = ""  # of the weights
-    like: str = ""  # the name of ours that it is compared with
-    context: int = 0
-    bytes_per_token: int = 0
-    first_token: Sequence[str] = ()  # a command that prints one token
 
 
 # ---- the contenders' processes ----
 
 
-def ours(path: str) -> Times:
+def ours(path: str, device: str) -> Times:
     import mlxgpt
     from mlxgpt.generation.decoding import Decoder
     from mlxgpt.generation.sampling import Sampler
 
-    model, _ = mlxgpt.load(path, device="cpu")
+    model, _ = mlxgpt.load(path, device=device)
 
     def times(ids: list[int], n: int) -> list[float]:
         steps = Decoder(model, [ids], Sampler(temperature=0))
@@ -98,7 +106,7 @@ def ours(path: str) -> Times:
     return times
 
 
-def transformers(path: str, dtype: str, threads: int) -> Times:
+def transformers(path: str, device: str, threads: int) -> Times:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
@@ -114,12 +122,13 @@ def transformers(path: str, dtype: str, threads: int) -> Times:
             pass
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    name = turns.pytorch_device(device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, Path(path).name)).eval().to(name)
     model.generation_config.eos_token_id = None  # the end of a text stops nothing
     model.generation_config.pad_token_id = 0
 
     def times(ids: list[int], n: int) -> list[float]:
-        clock, prompt = Clock(), torch.tensor([ids])
+        clock, prompt = Clock(), torch.tensor([ids], device=name)
         mask = torch.ones_like(prompt)
         model.generate(prompt, attention_mask=mask, max_new_tokens=n, do_sample=False, streamer=clock)
         return clock.times[1:]  # the first is the prompt's
@@ -127,12 +136,13 @@ def transformers(path: str, dtype: str, threads: int) -> Times:
     return times
 
 
-def llama(path: str, threads: int) -> Times:
+def llama(path: str, device: str, threads: int) -> Times:
     """By llama_decode and NumPy's argmax: no slower than its own sampler, and faster than create_completion."""
     from llama_cpp import Llama
 
+    on_gpu = dict(n_gpu_layers=-1 if device == "gpu" else 0)
     model = Llama(
-        path, n_ctx=BLOCK_SIZE, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False
+        path, n_ctx=BLOCK_SIZE, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, **on_gpu
     )
 
     def times(ids: list[int], n: int) -> list[float]:
@@ -147,7 +157,7 @@ def llama(path: str, threads: int) -> Times:
     return times
 
 
-def nanogpt(threads: int) -> Times:
+def nanogpt(device: str, threads: int) -> Times:
     """Each token from all of the context anew, as nanoGPT's sample.py does."""
     import torch
 
@@ -155,58 +165,69 @@ def nanogpt(threads: int) -> Times:
     import torch_gpt
 
     torch.set_num_threads(threads)
-    model = torch_gpt.GPT(block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, n_layer=12, n_head=12, n_embd=768).eval()
+    name = turns.pytorch_device(device)
+    shape = dict(block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, n_layer=12, n_head=12, n_embd=768)
+    model = torch_gpt.GPT(**shape).eval().to(name)
 
     @torch.no_grad()
     def times(ids: list[int], n: int) -> list[float]:
-        text, taken = torch.tensor([ids]), []
+        text, taken = torch.tensor([ids], device=name), []
         for _ in range(n):
             x = model.wte(text) + model.wpe.weight[: text.shape[1]]
             for block in model.h:
                 x = block(x)
             logits = model.ln_f(x[:, -1]) @ model.wte.weight.T  # of the last position alone
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
+            turns.wait_for_pytorch(name)
             taken.append(time.perf_counter())
         return taken
 
     return times
 
 
-def work(kind: str, path: str, threads: int) -> None:
-    """A contender's process: for each line "N TOKENS" of standard input the seconds that a prompt of N tokens and
-    each token behind it took; at the end, the process's peak memory."""
-    if kind == "bandwidth":
-        import limits
+def make(maker: str, **work: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A process: what makes the weights, or a contender."""
+    return (build(**work), lambda question: None) if maker == "build" else generate(maker, **work)
 
-        print("ready", flush=True)
-        for _ in sys.stdin:
-            print(limits.read_bandwidth(), 0, flush=True)
-    else:
-        makers = {
-            "mlxgpt": lambda: ours(path),
-            "transformers": lambda: transformers(path, Path(path).name, threads),
-            "llama": lambda: llama(path, threads),
-            "nanoGPT": lambda: nanogpt(threads),
-        }
-        times = makers[kind]()
-        rng = np.random.default_rng(0)
-        print("ready", flush=True)
-        for line in sys.stdin:
-            length, n = map(int, line.split())
-            ids = rng.integers(0, 96 if path.endswith("toy") else VOCAB_SIZE, length).tolist()
-            start = time.perf_counter()
-            taken = times(ids, n)
-            print(taken[0] - start, (taken[-1] - taken[0]) / max(1, n - 1), flush=True)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, flush=True)
+
+def generate(maker: str, path: str, vocab_size: int, device: str, threads: int) -> tuple[Any, Callable[[Any], Any]]:
+    """A contender: it answers [[length, new tokens], ...] with [seconds of the prompt, seconds of each token behind
+    it] for each, and [] with the bytes that it held at most."""
+    makers: dict[str, Callable[[], Times]] = {
+        "mlxgpt": lambda: ours(path, device),
+        "transformers": lambda: transformers(path, device, threads),
+        "llama": lambda: llama(path, device, threads),
+        "nanoGPT": lambda: nanogpt(device, threads),
+    }
+    times, rng = makers[maker](), np.random.default_rng(0)
+
+    def seconds(length: int, n: int) -> tuple[float, float]:
+        ids = rng.integers(0, vocab_size, length).tolist()
+        start = time.perf_counter()
+        taken = times(ids, n)
+        return taken[0] - start, (taken[-1] - taken[0]) / max(1, n - 1)
+
+    def answer(question: list[list[int]]) -> Any:
+        return [seconds(length, n) for length, n in question] if question else peak_bytes(maker, device)
+
+    return "ready", answer
+
+
+def peak_bytes(maker: str, device: str) -> int:
+    """The most bytes held on a GPU as MLX says, else by the process."""
+    if device == "gpu" and maker == "mlxgpt":
+        import mlx.core as mx
+
+        return mx.get_peak_memory()
+    return turns.process_peak_bytes()
 
 
 # ---- the weights ----
 
 
-def build(directory: Path, llama_python: str) -> None:
-    """Makes what a directory lacks, and prints how many bytes of each a token reads. In a process of its own: its
-    arrays would count in the peak memory of the processes that are started from here."""
+def build(directory: str, storages: list[str], llama_python: str, toy: bool) -> dict[str, int]:
+    """Makes what a directory lacks -> how many bytes of each a token reads. In a process of its own: its arrays would
+    count in the peak memory of the processes that are started from here."""
     import mlx.core as mx
 
     from mlxgpt.data.tokenizer import BPETokenizer, CharTokenizer
@@ -215,31 +236,37 @@ def build(directory: Path, llama_python: str) -> None:
     from mlxgpt.model.gpt import GPT
 
     mx.random.seed(0)
-    if not (directory / "float32").exists():
-        checkpoint.save_model(directory / "float32", GPT(GPTConfig(block_size=BLOCK_SIZE)), BPETokenizer.gpt2())
-    if not (directory / "toy").exists():
-        toy = GPTConfig(block_size=512, vocab_size=96, n_layer=1, n_head=1, n_embd=16)
-        checkpoint.save_model(directory / "toy", GPT(toy), CharTokenizer([chr(n) for n in range(32, 128)]))
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    characters = CharTokenizer([chr(n) for n in range(32, 32 + TOY_VOCAB_SIZE)])
+    if toy:
+        config = GPTConfig(block_size=512, vocab_size=TOY_VOCAB_SIZE, n_layer=1, n_head=1, n_embd=64)
+        checkpoint.save_model(path / "float32", GPT(config), characters)
+    if not (path / "float32").exists():
+        checkpoint.save_model(path / "float32", GPT(GPTConfig(block_size=BLOCK_SIZE)), BPETokenizer.gpt2())
+    if not (path / "toy").exists():
+        config = GPTConfig(block_size=512, vocab_size=TOY_VOCAB_SIZE, n_layer=1, n_head=1, n_embd=16)
+        checkpoint.save_model(path / "toy", GPT(config), characters)
     convert = [sys.executable, "-m", "mlxgpt.convert"]
-    for name, options in OURS.items():
-        if options:
-            _make(directory / name, [*convert, directory / "float32", directory / name, *options])
+    for name in storages:
+        if options := OURS[name]:
+            _make(path / name, [*convert, path / "float32", path / name, *options])
     if llama_python:
         for name in ("f32", "f16"):
-            file = directory / f"{name}.gguf"
-            _make(file, [*convert, directory / GGUF[name], file, "--to", "gguf"])
+            file = path / f"{name}.gguf"
+            _make(file, [*convert, path / GGUF[name], file, "--to", "gguf"])
         for name in ("q8_0", "q4_0"):
-            file = directory / f"{name}.gguf"
-            _make(file, [llama_python, "-c", LLAMA_QUANTIZE, directory / "f32.gguf", file, name])
-    names = [*OURS, *(f"{name}.gguf" for name in (GGUF if llama_python else ()))]
-    print(json.dumps({name: _bytes_per_token(directory / name) for name in names}))
+            file = path / f"{name}.gguf"
+            _make(file, [llama_python, "-c", LLAMA_QUANTIZE, path / "f32.gguf", file, name])
+    names = [*storages, "toy", *(f"{name}.gguf" for name in (GGUF if llama_python else ()))]
+    return {name: _bytes_per_token(path / name) for name in names}
 
 
 def _make(path: Path, command: list[str | Path]) -> None:
     if not path.exists():
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
-            sys.exit(f"{path.name} can't be made: {made.stderr or made.stdout}")
+            raise RuntimeError(f"{path.name} can't be made: {made.stderr or made.stdout}")
 
 
 def _bytes_per_token(path: Path) -> int:
@@ -255,152 +282,186 @@ def _bytes_per_token(path: Path) -> int:
     return int(sum(t.n_bytes for t in gguf.GGUFReader(path).tensors if t.name != "position_embd.weight"))
 
 
-# ---- taking turns ----
+# ---- the comparison ----
 
 
-def contenders(directory: Path, sizes: dict[str, int], options: argparse.Namespace) -> Iterator[Contender]:
-    here, context = sys.executable, options.context
-    generate = [here, "-m", "mlxgpt.generate", "--device", "cpu", "--temperature", "0"]
-    one_token = [*generate, "--max_new_tokens", "1", "--prompt", PROMPT, "--model"]
-    for name in OURS:
-        path, row = str(directory / name), f"mlxgpt {name}"
-        yield Contender(row, "mlxgpt", here, path, row, context, sizes[name], [*one_token, path])
-    if python := options.transformers_python:
-        for name in ("float32", "bfloat16"):
-            path, like = str(directory / name), f"mlxgpt {name}"
-            command = [python, "-c", TRANSFORMERS_FIRST_TOKEN, path, name, PROMPT]
-            yield Contender(f"transformers {name}", "transformers", python, path, like, context, sizes[name], command)
-    if python := options.llama_python:
-        for name, like in GGUF.items():
-            path = str(directory / f"{name}.gguf")
-            command = [python, "-c", LLAMA_FIRST_TOKEN, path, str(options.threads), PROMPT]
-            size = sizes[f"{name}.gguf"]
-            yield Contender(f"llama.cpp {name}", "llama", python, path, f"mlxgpt {like}", context, size, command)
-    if python := options.transformers_python:
-        row = f"mlxgpt float32 after {RECOMPUTED}"
-        yield Contender(row, "mlxgpt", here, str(directory / "float32"), row, RECOMPUTED, sizes["float32"])
-        name = f"nanoGPT after {RECOMPUTED}"
-        yield Contender(name, "nanoGPT", python, "", row, RECOMPUTED, sizes["float32"])
+@dataclass
+class Peers:
+    """Which others take part: the Python that has each, or "" for none; and what is asked of all."""
+
+    transformers_python: str = ""
+    llama_python: str = ""
+    sampler: bool = False  # nanoGPT's, which computes the whole context anew
+    first_token: bool = False  # whole processes that print one token
+    context: int = 16
+    turns: int = 5
+    directory: str = ""
 
 
-class Process:
-    """A contender's process, and what it has answered."""
+@dataclass
+class Generator(Contender):
+    """A contender, and what its row is computed from."""
 
-    def __init__(self, contender: Contender, environment: dict[str, str], threads: int) -> None:
-        command = [contender.python, __file__, "--work", contender.kind, "--threads", str(threads)]
-        self.contender = contender
-        self.decode: list[float] = []  # seconds per token
-        self.prefill: list[float] = []  # seconds
-        self.is_slow = False
-        self._process = subprocess.Popen(
-            [*command, "--directory", contender.path],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment,
+    like: str = ""  # the name of ours that it is compared with
+    question: list[list[int]] = field(default_factory=list)
+    bytes_per_token: int = 0
+    first_token: Sequence[str] = ()  # a command that prints one token
+
+
+def contenders(settings: Settings, directory: Path, sizes: dict[str, int], peers: Peers) -> Iterator[Generator]:
+    device, threads, here = settings.device, settings.machine["threads"], sys.executable
+    n = 8 if settings.quick else NEW_TOKENS
+
+    def generator(
+        name: str, maker: str, file: str, like: str, first: Sequence[str] = (), python: str = here,
+        context: int = peers.context, n: int = n,
+    ) -> Generator:  # fmt: skip
+        vocab_size = TOY_VOCAB_SIZE if settings.toy or file == "toy" else VOCAB_SIZE
+        work = dict(maker=maker, path=str(directory / file), vocab_size=vocab_size, device=device, threads=threads)
+        question, is_ours = [[context, n], [PREFILL, 1]], maker == "mlxgpt"
+        return Generator(
+            name, turns.command(__file__, python, **work), is_ours=is_ours, like=like, question=question,
+            bytes_per_token=sizes[file], first_token=first if device == "cpu" or is_ours else (),
         )  # fmt: skip
-        self._line()
 
-    def ask(self, length: int, n: int) -> tuple[float, float]:
-        """The seconds of a prompt, and of each token behind it."""
-        self._process.stdin.write(f"{length} {n}\n")
-        first, rest = map(float, self._line().split())
-        return first, rest
-
-    def peak_memory(self) -> int:
-        """Ends the process."""
-        self._process.stdin.close()
-        return int(self._process.stdout.readline())
-
-    def _line(self) -> str:
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.contender.name}: stopped with status {self._process.wait()}")
-        return line
-
-
-def compare(directory: Path, sizes: dict[str, int], options: argparse.Namespace) -> None:
-    here, threads = sys.executable, options.threads
-    environment = {**os.environ, "MLXGPT_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of transformers, as it loads weights
-    bandwidth = Process(Contender("bandwidth", "bandwidth", here), environment, threads)
-    toy = Process(Contender("toy", "mlxgpt", here, str(directory / "toy")), environment, threads)
-    processes = [Process(c, environment, threads) for c in contenders(directory, sizes, options)]
-    best, overhead = 0.0, math.inf
-    for turn in range(1 + options.turns):
-        for process in processes:
-            if turn and process.is_slow:
-                continue
-            best = max(best, bandwidth.ask(0, 0)[0])
-            time.sleep(0.05)  # others' threads spin for a while after their work, and would slow the next one down
-            n = 4 if process.contender.kind == "nanoGPT" else options.tokens
-            start = time.perf_counter()
-            decode, prefill = process.ask(process.contender.context, n)[1], process.ask(PREFILL, 1)[0]
-            process.is_slow = time.perf_counter() - start > SLOW
-            if turn or process.is_slow:  # the first ones allocate and start threads
-                process.decode.append(decode)
-                process.prefill.append(prefill)
-        overhead = min(overhead, toy.ask(1, 500)[1])
-    memory = {process.contender.name: process.peak_memory() for process in (bandwidth, toy, *processes)}
-    first: dict[str, list[float]] = {process.contender.name: [] for process in processes}
-    for turn in range(1 + options.turns):
-        for process in processes:
-            if command := process.contender.first_token:
-                start = time.perf_counter()
-                subprocess.run(command, env=environment, check=True, capture_output=True)
-                if turn:  # the first ones read files that are not in memory yet
-                    first[process.contender.name].append(time.perf_counter() - start)
-    print(f"{threads} threads, reading {best:.1f} GB/s; medians of {options.turns} turns")
-    ours = {process.contender.name: statistics.median(process.decode) for process in processes}
-    for process in processes:
-        contender, seconds = process.contender, statistics.median(process.decode)
-        limit = contender.bytes_per_token / best / 1e9
-        whole = f"{statistics.median(times):5.2f} s" if (times := first[contender.name]) else f"{'-':>7}"
-        print(
-            f"{contender.name:>25} | {1 / seconds:6.1f} tokens/s {seconds * 1e3:7.2f} ms | "
-            f"{limit / seconds:6.1%} of {1 / limit:4.0f} tokens/s | {seconds / ours[contender.like]:5.2f} x our time | "
-            f"prefill {PREFILL / statistics.median(process.prefill):5,.0f} tokens/s | first token {whole} | "
-            f"{memory[contender.name] / 1e6:6,.0f} MB",
-            flush=True,
+    options = ["--device", device, "--temperature", "0", "--max_new_tokens", "1", "--prompt", PROMPT, "--model"]
+    for name in own(settings):
+        row, first = f"mlxgpt {name}", [here, "-m", "mlxgpt.generate", *options, str(directory / name)]
+        yield generator(row, "mlxgpt", name, row, first)
+    if python := peers.transformers_python:
+        for name in ("float32", "bfloat16"):
+            first = [python, "-c", TRANSFORMERS_FIRST_TOKEN, str(directory / name), name, PROMPT]
+            yield generator(f"transformers {name}", "transformers", name, f"mlxgpt {name}", first, python)
+    if python := peers.llama_python:
+        for name, like in GGUF.items():
+            file = f"{name}.gguf"
+            first = [python, "-c", LLAMA_FIRST_TOKEN, str(directory / file), str(threads), PROMPT]
+            yield generator(f"llama.cpp {name}", "llama", file, f"mlxgpt {like}", first, python)
+    if peers.sampler and (python := peers.transformers_python):
+        row = f"mlxgpt float32 after {RECOMPUTED}"
+        yield generator(row, "mlxgpt", "float32", row, context=RECOMPUTED)
+        yield generator(
+            f"nanoGPT after {RECOMPUTED}", "nanoGPT", "float32", row, python=python, context=RECOMPUTED, n=4
         )
-    print(f"one layer of 16, 96 characters: {overhead * 1e6:.1f} us per token")
+    yield generator("one layer of 16, 96 characters", "mlxgpt", "toy", "", context=1, n=256)
 
 
-def _has(python: str, package: str) -> bool:
-    check = f"import importlib.util as u, sys; sys.exit(not u.find_spec({package!r}))"
-    return subprocess.run([python, "-c", check]).returncode == 0
+def own(settings: Settings) -> Sequence[str]:
+    """The storages of ours that take part."""
+    asked_for = [name for name in settings.dtypes if name in OURS]
+    return asked_for or (["float32", "4-bit"] if settings.toy else list(OURS))
+
+
+def rows(settings: Settings, peers: Peers | None = None) -> Iterator[Row]:
+    end = time.perf_counter() + settings.seconds
+    with ExitStack() as stack:
+        told = peers or Peers(sys.executable if settings.machine["transformers"] else "")
+        path = told.directory or stack.enter_context(tempfile.TemporaryDirectory())
+        settings.tell("weights are made")
+        # others' weights are made from ours, or are them
+        storages = list(OURS) if told.llama_python or told.transformers_python else sorted({"float32", *own(settings)})
+        work = dict(maker="build", directory=path, storages=storages, llama_python=told.llama_python, toy=settings.toy)
+        building = Contender("weights", turns.command(__file__, **work))
+        with turns.started([building], settings.environment):
+            sizes = building.ready
+        if building.stopped:
+            raise SystemExit(building.stopped)
+        yield from compare(settings, Path(path), sizes, told, end - time.perf_counter())
+
+
+def compare(settings: Settings, directory: Path, sizes: dict[str, int], peers: Peers, seconds: float) -> Iterator[Row]:
+    group = list(contenders(settings, directory, sizes, peers))
+    asked, best, end = limits.measuring(settings), 0.0, time.perf_counter() + seconds
+    memory: dict[str, int] = {}
+    first: dict[str, float] = {}
+    interrupt: list[KeyboardInterrupt] = []
+
+    def measure() -> None:
+        nonlocal best
+        best = max(best, 1e9 * (asked.ask(["reading", settings.machine["threads"]], 120) or 0))
+
+    try:
+        with turns.started([asked, *group], settings.environment, seconds, settings.tell):
+            turns.take_turns(
+                warmed_up(settings, group, end), lambda contender: contender.question,
+                seconds=end - time.perf_counter(), most=1 if settings.quick else peers.turns, between=measure,
+            )  # fmt: skip
+            memory = {contender.name: contender.ask([], 60) for contender in group}
+        if peers.first_token:
+            first = first_tokens(settings, group, peers.turns)
+    except KeyboardInterrupt as stop:  # the rows tell what was measured until then
+        interrupt.append(stop)
+    decode = {c.name: statistics.median(answer[0][1] for answer in c.answers) for c in group if c.answers}
+    for contender in group:
+        row: Row = {"contender": contender.name, "mb_per_token": contender.bytes_per_token / 1e6, **contender.why()}
+        if seconds_each := decode.get(contender.name):
+            row |= {"tokens_per_s": 1 / seconds_each, "ms_per_token": 1e3 * seconds_each}
+            row["prompt_tokens_per_s"] = PREFILL / statistics.median(answer[1][0] for answer in contender.answers)
+            row |= {"share_of_bandwidth": contender.bytes_per_token / best / seconds_each} if best else {}
+            row |= {"time_over_ours": seconds_each / decode[contender.like]} if contender.like in decode else {}
+        row |= {"peak_memory_mb": memory[contender.name] / 1e6} if memory.get(contender.name) else {}
+        yield row | ({"first_token_s": first[contender.name]} if contender.name in first else {})
+    if interrupt:
+        raise interrupt[0]
+
+
+def warmed_up(settings: Settings, group: Sequence[Generator], end: float) -> list[Generator]:
+    """Asks each once, which allocates and starts threads -> those that are asked again. Who is slow is not, and keeps
+    this answer."""
+    again = []
+    for contender in group:
+        settings.tell(f"{contender.name} warms up")
+        start = time.perf_counter()
+        answer = contender.ask(contender.question, timeout=max(30, min(3600, (end - start) / 2)))
+        if answer is not None and time.perf_counter() - start > SLOW:
+            contender.answers.append(answer)
+        elif answer is not None:
+            again.append(contender)
+    return again
+
+
+def first_tokens(settings: Settings, group: Sequence[Generator], turns: int) -> dict[str, float]:
+    """The median seconds of a whole process that prints one token. The first turn does not count: it reads files that
+    are not in memory yet."""
+    seconds: dict[str, list[float]] = {}
+    for turn in range(1 + turns):
+        for contender in group:
+            if contender.first_token:
+                settings.tell(f"{contender.name}: first token")
+                start = time.perf_counter()
+                subprocess.run(contender.first_token, env=settings.environment, check=True, capture_output=True)
+                if turn:
+                    seconds.setdefault(contender.name, []).append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
+    parser.add_argument("--dtype", nargs="+", choices=OURS, default=(), help="our storages (default: all)")
     parser.add_argument("--context", type=int, default=16, help="tokens before those that are timed (default: 16)")
     parser.add_argument("--turns", type=int, default=5, help="counted turns (default: 5)")
     parser.add_argument("--quick", action="store_true", help="one turn of 8 tokens: whether all runs")
-    parser.add_argument("--threads", type=int, help="threads of each (default: physical cores)")
     parser.add_argument("--directory", default="", help="where the weights are made and kept (default: nowhere)")
     parser.add_argument("--transformers-python", default=sys.executable, metavar="PATH", help="the one that has it")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PATH", help="the one with llama-cpp-python")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work == "build":
-        return build(Path(options.directory), options.llama_python)
     if options.work:
-        return work(options.work, options.directory, options.threads)
-
-    from mlxgpt import _core
-
-    options.threads = options.threads or _core.num_threads()
-    options.tokens = 8 if options.quick else NEW_TOKENS
-    options.turns = 1 if options.quick else options.turns
-    if not 1 <= options.context <= BLOCK_SIZE - options.tokens:
-        parser.error(f"--context is {options.context}, expected 1 to {BLOCK_SIZE - options.tokens}")
+        return turns.serve(lambda: make(**options.work))
+    settings = report.settings(parser, options, dtypes=options.dtype, quick=options.quick)
+    n_turns, longest = 1 if options.quick else options.turns, BLOCK_SIZE - NEW_TOKENS
+    if not 1 <= options.context <= longest:
+        parser.error(f"--context is {options.context}, expected 1 to {longest}")
+    if n_turns < 1:
+        parser.error(f"--turns is {n_turns}, expected at least 1")
+    pythons = {}
     for setting, package in (("transformers_python", "transformers"), ("llama_python", "llama_cpp")):
-        if not _has(getattr(options, setting), package):
-            print(f"without {package}, which {getattr(options, setting)} doesn't have", file=sys.stderr)
-            setattr(options, setting, "")
-    with ExitStack() as stack:
-        directory = Path(options.directory or stack.enter_context(tempfile.TemporaryDirectory()))
-        directory.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, "--work", "build", "--directory", str(directory)]
-        made = subprocess.run([*command, "--llama-python", options.llama_python], stdout=subprocess.PIPE, check=True)
-        compare(directory, json.loads(made.stdout), options)
+        pythons[setting] = getattr(options, setting)
+        if not report.is_installed(package, pythons[setting]):
+            settings.tell(f"without {package}, which {pythons[setting]} doesn't have")
+            pythons[setting] = ""
+    peers = Peers(**pythons, sampler=True, first_token=True, context=options.context, turns=n_turns)
+    peers.directory = options.directory
+    report.run_alone(settings, rows(settings, peers), COLUMNS)
 
 
 if __name__ == "__main__":

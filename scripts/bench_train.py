@@ -1,175 +1,349 @@
-"""Times whole training steps (forward, backward, clipping, AdamW) next to PyTorch, eager and compiled.
+"""Times whole training steps (forward, backward, clipping, AdamW) beside PyTorch, eager and compiled.
 
-    python scripts/bench_train.py [--shape small|medium|gpt2] [--steps N] [--compile]
+    python scripts/bench_train.py [--device auto|cpu|gpu] [--dtype float32 bfloat16] [--shape small|medium|gpt2]
+                                  [--steps N] [--compile]
 
-Each contender is a process of its own, float32, on the same threads. They take turns of some steps, so that all
-see the same state of the machine; printed are medians, the ratio to ours, the share of the multiply-add peak
-(model FLOPs as `python -m mlxgpt.inspect` counts them) and the peak memory of the whole process.
+Each contender is a process of its own, on the same threads. They take turns of some steps, so that all see the same
+state of the machine; figures are medians. MFU is the share of the rate of large matrix products in the same type,
+measured among the turns. Memory held is what MLX or PyTorch says that it held at most; on the CPU's kernels, and for
+PyTorch on a CPU, it is what the process took for the model and its training. PyTorch's bfloat16 is its autocast.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import resource
+import importlib
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import limits
 import numpy as np
+import report
+import turns
+from report import Row, Settings
+from turns import Contender
 
-SHAPES = {
+SHAPES: dict[str, tuple[dict[str, int], int]] = {  # and the number of sequences
     "small": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12),
     "medium": (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 16),
     "gpt2": (dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304), 4),
 }
+TOY: dict[str, tuple[dict[str, int], int]] = {
+    "toy": (dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=32), 2),
+}
+STEPS = {"small": 200, "medium": 10, "gpt2": 4, "toy": 2}  # counted, if the time allows
+SHARES = {"small": 1, "medium": 2, "gpt2": 5, "toy": 1}  # of the time
 ADAMW = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+DTYPES = report.DTYPES[:2]
+TURN = 0.5  # seconds of steps in a turn, or one step
+
+TITLE = "Training"
+NOTE = (
+    "Whole steps with clipping and AdamW; medians. MFU is the share of the rate of matrix products in the same type. "
+    "PyTorch's bfloat16 is its autocast."
+)
+COLUMNS = [
+    ("model", "model", "{}"),
+    ("", "contender", "{}"),
+    ("step", "step_ms", "{:,.1f} ms"),
+    ("tokens/s", "tokens_per_s", "{:,.0f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("of the multiply-add peak", "share_of_multiply_adds", "{:.1%}"),
+    ("memory held", "memory_held_mb", "{:,.0f} MB"),
+    ("predicted", "memory_predicted_mb", "{:,.0f} MB"),
+    ("process", "process_peak_mb", "{:,.0f} MB"),
+    ("time over ours", "time_over_ours", "{:.2f}"),
+    ("steps", "steps", "{}"),
+]
+
+# A step of any batch, waiting for the device, and the most bytes held on it (0 where it is the process that counts).
+Training = tuple[Callable[[np.ndarray, np.ndarray], object], Callable[[], object], Callable[[], int]]
 
 
-def ours(shape: dict[str, int]) -> Callable[[np.ndarray, np.ndarray], float]:
+# ---- the contenders' processes ----
+
+
+def ours(shape: dict[str, int], device: str, dtype: str) -> Training:
     import mlx.core as mx
 
+    from mlxgpt.cpu import extension
     from mlxgpt.model import ops
     from mlxgpt.model.config import GPTConfig
     from mlxgpt.model.gpt import GPT
-    from mlxgpt.training import trainer as training
     from mlxgpt.training.recipe import TrainConfig
+    from mlxgpt.training.trainer import Trainer
 
-    ops.use_device("cpu")
-    config = TrainConfig(**ADAMW, warmup_iters=0, decay_lr=False, model=GPTConfig(**shape))
-    trainer = training.Trainer(GPT(config.model), config)
+    ops.use_device(device)
+    config = TrainConfig(**ADAMW, dtype=dtype, warmup_iters=0, decay_lr=False, model=GPTConfig(**shape))
+    trainer = Trainer(GPT(config.model), config)
+    on_kernels = extension.available(getattr(mx, dtype))
+    return (
+        lambda x, y: trainer.step([(x, y)]),
+        lambda: mx.eval(trainer.model.state, trainer.optimizer.state),
+        lambda: 0 if on_kernels else mx.get_peak_memory(),
+    )
 
-    def step(x: np.ndarray, y: np.ndarray) -> float:
-        loss = trainer.step([(x, y)])
-        mx.eval(loss, trainer.model.state, trainer.optimizer.state)
-        return float(loss)
 
-    return step
-
-
-def pytorch(shape: dict[str, int], compiled: bool, threads: int) -> Callable[[np.ndarray, np.ndarray], float]:
+def pytorch(shape: dict[str, int], device: str, dtype: str, compiled: bool, threads: int) -> Training:
     import torch
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import torch_gpt
 
     torch.set_num_threads(threads)
-    model = torch_gpt.GPT(**shape)
+    name = turns.pytorch_device(device)
+    model = torch_gpt.GPT(**shape).to(name)
     optimizer = model.adamw(**ADAMW)
     loss_of = torch.compile(model.loss) if compiled else model.loss
 
-    def step(x: np.ndarray, y: np.ndarray) -> float:
-        loss = loss_of(torch.from_numpy(x).long(), torch.from_numpy(y).long())
+    def step(x: np.ndarray, y: np.ndarray) -> None:
+        with torch.autocast(name, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = loss_of(*(torch.from_numpy(a).long().to(name) for a in (x, y)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.item()
 
-    return step
+    held: dict[str, Callable[[], int]] = {
+        "cpu": lambda: 0,
+        "cuda": lambda: torch.cuda.max_memory_allocated(),
+        "mps": lambda: torch.mps.driver_allocated_memory(),  # its pool, which only grows
+    }
+    return step, lambda: turns.wait_for_pytorch(name), held[name]
 
 
-def work(contender: str, name: str, threads: int) -> None:
-    """A contender's process: for each line on standard input a step and its seconds; at the end, its peak memory."""
-    shape, batch = SHAPES[name]
-    step = ours(shape) if contender == "mlxgpt" else pytorch(shape, contender == "PyTorch compiled", threads)
+def make(maker: str, **work: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A process: the plan, or a contender. A contender answers a number of steps with the seconds of one, and 0 with
+    the bytes that it held at most."""
+    if maker == "plan":
+        return plan(**work), lambda question: None
+    importlib.import_module("torch" if maker == "pytorch" else "mlxgpt.training.trainer")  # no model's memory
+    before = turns.process_peak_bytes()
+    shape, batch = work["shape"], work.pop("batch")
+    step, wait, held = (pytorch if maker == "pytorch" else ours)(**work)
     rng = np.random.default_rng(0)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        ids = rng.integers(0, shape["vocab_size"], (batch, shape["block_size"] + 1)).astype(np.int32)
-        x, y = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+
+    def seconds(steps: int) -> float:
+        """Of each of so many steps."""
+        ids = rng.integers(0, shape["vocab_size"], (steps, batch, shape["block_size"] + 1)).astype(np.int32)
+        batches = [(np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])) for window in ids]
         start = time.perf_counter()
-        step(x, y)
-        print(time.perf_counter() - start, flush=True)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, flush=True)
+        for x, y in batches:
+            step(x, y)
+        wait()
+        return (time.perf_counter() - start) / steps
+
+    def answer(steps: int) -> Any:
+        if steps > 1:
+            seconds(1)  # wakes threads, and is short
+        peak = turns.process_peak_bytes()
+        return seconds(steps) if steps else {"held": held() or peak - before, "process": peak}
+
+    first = seconds(1)  # compiles, allocates, starts threads
+    return first if first > 5 else seconds(1), answer
 
 
-def flops_per_step(name: str) -> int:
-    """Of the matrix products of a forward and a backward pass, the causal half of attention only."""
+def plan(device: str, dtypes: Sequence[str], shapes: Sequence[str]) -> dict[str, Any]:
+    """For each shape the FLOPs of a step, and for each type the bytes that a step is predicted to hold at most."""
     import mlx.core as mx
 
-    from mlxgpt.inspect import trace
+    from mlxgpt.cpu import extension
+    from mlxgpt.inspect import memory_on_kernels, memory_on_mlx
+    from mlxgpt.model import ops
     from mlxgpt.model.config import GPTConfig
     from mlxgpt.model.gpt import GPT
+    from mlxgpt.training.device import training_flops
 
-    shape, batch = SHAPES[name]
-    calls = trace(GPT(GPTConfig(**shape)), mx.zeros((batch, shape["block_size"]), mx.int32))
-    return 3 * sum(call.matmul_flops() for call in calls)
+    ops.use_device(device)
+
+    def bytes_held(model: GPT, batch: int, dtype: mx.Dtype) -> int:
+        if extension.available(dtype):
+            return memory_on_kernels(model, batch, False).total
+        return memory_on_mlx(model, batch, False, dtype).total
+
+    plans = {}
+    for name in shapes:
+        shape, batch = (SHAPES | TOY)[name]
+        model = GPT(GPTConfig(**shape))  # MLX is lazy: it takes no memory
+        plans[name] = {
+            "flops": training_flops(model.config) * batch * shape["block_size"],
+            "bytes": {dtype: bytes_held(model, batch, getattr(mx, dtype)) for dtype in dtypes},
+        }
+    return plans
 
 
-def compare(name: str, contenders: list[str], steps: int, in_turn: int, threads: int) -> None:
-    from mlxgpt import _core
+# ---- the comparison ----
 
-    command = [sys.executable, __file__, "--shape", name, "--threads", str(threads), "--work"]
-    environment = {**os.environ, "MLXGPT_NUM_THREADS": str(threads)}
-    processes = {
-        c: subprocess.Popen(
-            [*command, c], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
+
+class Peaks:
+    """The best rates of matrix products, and of multiply-adds on the kernels, in FLOP/s: measured again and again,
+    since a shared machine's change."""
+
+    def __init__(self, settings: Settings, asked: Contender) -> None:
+        self._asked, self._on_kernels = asked, settings.machine["kernels"]
+        self.products: dict[str, float] = {}
+        self.multiply_adds = 0.0
+
+    def measure(self, dtypes: Sequence[str]) -> None:
+        for dtype in dtypes:
+            self.products[dtype] = max(self.products.get(dtype, 0), self._rate("matrix product", dtype))
+        if self._on_kernels:
+            self.multiply_adds = max(self.multiply_adds, self._rate("multiply-adds", 10))
+
+    def _rate(self, *question: Any) -> float:
+        return 1e9 * (self._asked.ask(question, 120) or 0)
+
+
+def memory_there(settings: Settings) -> float:
+    """Bytes."""
+    return 1e9 * float(settings.machine["gpu_memory_gb"] or settings.machine["memory_gb"])
+
+
+def reason_to_leave_out(
+    settings: Settings, plan: dict[str, Any], contender: Contender, peaks: Peaks, seconds: float
+) -> str:
+    """Why a contender does not train a shape here; empty if it does."""
+    there, needed = memory_there(settings), plan["bytes"].get(contender.dtype, 0)
+    if needed > 0.8 * there:
+        return f"it needs {needed / 1e9:.1f} GB, and the machine has {there / 1e9:.1f}"
+    if not contender.is_ours or not (rate := peaks.products[contender.dtype]):
+        return ""
+    if settings.device == "cpu" and contender.dtype != "float32" and not settings.dtypes:
+        return f"on a CPU MLX's own operations train in it, at {rate / 1e9:.1f} GFLOP/s; --dtype asks for it"
+    if (least := plan["flops"] / rate) * 3 > seconds:  # two steps that are not counted, and one that is
+        return f"a step takes at least {least:.0f} s at {rate / 1e9:.1f} GFLOP/s"
+    return ""
+
+
+def contenders(settings: Settings, name: str, dtypes: Sequence[str], compiled: bool) -> list[Contender]:
+    shape, batch = (SHAPES | TOY)[name]
+    common = dict(shape=shape, batch=batch, device=settings.device)
+
+    def contender(title: str, dtype: str, **work: Any) -> Contender:
+        command = turns.command(__file__, **common, dtype=dtype, **work)
+        return Contender(f"{title}, {dtype}", command, dtype, is_ours=work["maker"] == "ours")
+
+    result = [contender("mlxgpt", dtype, maker="ours") for dtype in dtypes]
+    if settings.machine["torch"]:
+        flags = settings.machine["cpu_flags"]
+        multiplies = (
+            settings.device == "gpu" or settings.dtypes or {"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags)
         )
-        for c in contenders
-    }
+        work = dict(maker="pytorch", threads=settings.machine["threads"])
+        for is_compiled in (False, True)[: 1 + compiled]:  # compiled ones last: they may take all of the time
+            for dtype in dtypes if multiplies else ["float32"]:
+                title = "PyTorch compiled" if is_compiled else "PyTorch"
+                result.append(contender(title, dtype, **work, compiled=is_compiled))
+    return result
 
-    def answer(process: subprocess.Popen, question: bool = True) -> str:
-        if question:
-            process.stdin.write("step\n")
-        line = process.stdout.readline()
-        if not line:
-            sys.exit(f"{name}: a contender stopped with status {process.wait()}")
-        return line
 
-    for process in processes.values():
-        answer(process, question=False)
-    seconds: dict[str, list[float]] = {c: [] for c in contenders}
-    peak = 0.0  # taken among the steps, since a shared machine's changes
-    for turn in range(2 + steps // in_turn):
-        peak = max(peak, *(_core.fma_peak() for _ in range(10)))
-        for contender, process in processes.items():
-            time.sleep(0.05)  # PyTorch's threads spin for a while after their work, and would slow the other down
-            woken = in_turn > 1  # by a step that isn't counted: it wakes threads, and is short
-            taken = [float(answer(process)) for _ in range(woken + in_turn)]
-            if turn >= 2:  # the first ones compile, allocate and start threads
-                seconds[contender] += taken[woken:]
-    shape, batch = SHAPES[name]
-    base = statistics.median(seconds[contenders[0]])
-    for contender, process in processes.items():
-        process.stdin.close()
-        memory = int(process.stdout.readline()) / 1e6
-        median = statistics.median(seconds[contender])
-        rate = batch * shape["block_size"] / median
-        share = flops_per_step(name) / median / 1e9 / peak
-        print(
-            f"{name:>8} {contender:>17} | {median * 1e3:10.1f} ms {rate:9,.0f} tokens/s | "
-            f"{share:6.1%} of peak | {median / base:5.2f} x our time | {memory:7,.0f} MB",
-            flush=True,
+def compare(
+    settings: Settings, group: list[Contender], memory: dict[str, Any], peaks: Peaks, seconds: float, steps: int
+) -> None:
+    """Contenders train a shape by turns, and keep their answers; what each held goes into `memory`, by its name."""
+    own_types = {contender.dtype for contender in group} & set(peaks.products)
+    end = time.perf_counter() + seconds
+    with turns.started(group, settings.environment, seconds, settings.tell):
+        ready = [contender for contender in group if not contender.stopped]
+        in_turn = {c.name: 1 if settings.quick else max(1, min(20, steps, int(TURN / c.ready))) for c in ready}
+        turns.take_turns(
+            ready,
+            lambda contender: in_turn[contender.name],
+            seconds=end - time.perf_counter(),
+            most=1 if settings.quick else -(-steps // min(in_turn.values(), default=1)),
+            between=lambda: peaks.measure(sorted(own_types)),
         )
+        for contender in ready:
+            contender.answers = [seconds for seconds in contender.answers for _ in range(in_turn[contender.name])]
+            memory[contender.name] = contender.ask(0, 60)
+
+
+def of_shape(
+    settings: Settings, name: str, plan: dict[str, Any], peaks: Peaks, seconds: float, steps: int, compiled: bool
+) -> Iterator[Row]:
+    """The rows of a shape. Where the memory doesn't hold all contenders at once, they run one after the other."""
+    group = contenders(settings, name, list(plan["bytes"]), compiled and not settings.quick)
+    for contender in group:
+        contender.stopped = reason_to_leave_out(settings, plan, contender, peaks, seconds)
+    taking_part = [contender for contender in group if not contender.stopped]
+    needed = sum(1.5 * plan["bytes"][contender.dtype] for contender in taking_part)  # PyTorch takes more than ours
+    at_once = [taking_part] if needed < 0.8 * memory_there(settings) else [[contender] for contender in taking_part]
+    memory: dict[str, dict[str, int]] = {}
+    interrupt: list[KeyboardInterrupt] = []
+    try:
+        for members in at_once:
+            compare(settings, members, memory, peaks, seconds / len(at_once), steps)
+    except KeyboardInterrupt as stop:  # the rows tell what was measured until then
+        interrupt.append(stop)
+    shape, batch = (SHAPES | TOY)[name]
+    medians = {c.name: statistics.median(c.answers) for c in group if c.answers}
+    ours = next((medians[c.name] for c in group if c.is_ours and c.answers), None)
+    for contender in group:
+        row: Row = {"model": shown(shape, batch), "contender": contender.name, **contender.why()}
+        if median := medians.get(contender.name):
+            row |= {
+                "step_ms": 1e3 * median,
+                "tokens_per_s": batch * shape["block_size"] / median,
+                "time_over_ours": median / medians.get(f"mlxgpt, {contender.dtype}", ours) if ours else None,
+                "steps": len(contender.answers),
+                "in_turns": len(at_once) == 1,
+            }
+            if contender.dtype in {c.dtype for c in taking_part if c.is_ours}:  # else its peak is not the hardware's
+                row["mfu"] = plan["flops"] / median / peaks.products[contender.dtype]
+            if peaks.multiply_adds:
+                row["share_of_multiply_adds"] = plan["flops"] / median / peaks.multiply_adds
+        if found := memory.get(contender.name):
+            row |= {"memory_held_mb": found["held"] / 1e6, "process_peak_mb": found["process"] / 1e6}
+        if contender.is_ours:
+            row["memory_predicted_mb"] = plan["bytes"][contender.dtype] / 1e6
+        yield row
+    if interrupt:
+        raise interrupt[0]
+
+
+def shown(shape: dict[str, int], batch: int) -> str:
+    ids = "ids" if shape["vocab_size"] > 1000 else "characters"
+    tokens = f"{batch} x {shape['block_size']} tokens, {shape['vocab_size']} {ids}"
+    return f"{shape['n_layer']} layers, {shape['n_embd']} wide, {tokens}"
+
+
+def rows(settings: Settings, shape: str = "", steps: int = 0, compiled: bool = True) -> Iterator[Row]:
+    """Trains all shapes, or one. steps: counted ones of each contender, at most; 0 for STEPS."""
+    names = [shape] if shape else list(TOY if settings.toy else SHAPES)
+    dtypes = settings.dtypes or DTYPES
+    planning = Contender(
+        "plan", turns.command(__file__, maker="plan", device=settings.device, dtypes=dtypes, shapes=names)
+    )
+    with turns.started([planning], settings.environment):
+        plans = planning.ready
+    if planning.stopped:
+        raise SystemExit(f"training can't be planned: {planning.stopped}")
+    end, asked = time.perf_counter() + settings.seconds, limits.measuring(settings)
+    with turns.started([asked], settings.environment):
+        peaks = Peaks(settings, asked)
+        peaks.measure(dtypes)
+        for n, name in enumerate(names):
+            settings.tell(f"training {name}")
+            seconds = (end - time.perf_counter()) * SHARES[name] / sum(SHARES[later] for later in names[n:])
+            yield from of_shape(settings, name, plans[name], peaks, seconds, steps or STEPS[name], compiled)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, help="only this one (default: all)")
-    parser.add_argument("--steps", type=int, help="counted steps (default: 200, 10 and 4)")
-    parser.add_argument("--threads", type=int, help="threads of each (default: physical cores)")
+    parser = report.parser(__doc__)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=(), help="default: both, on a CPU float32")
+    parser.add_argument("--shape", choices=SHAPES, default="", help="only this one (default: all)")
+    parser.add_argument("--steps", type=int, default=0, help="counted steps (default: 200, 10 and 4)")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well (its start takes minutes)")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        return work(options.work, options.shape, options.threads)
-
-    from mlxgpt import _core
-
-    contenders = ["mlxgpt"]
-    if find_spec("torch"):
-        contenders += ["PyTorch", "PyTorch compiled"] if options.compile else ["PyTorch"]
-    # In a process of its own: its arrays would count in the peak memory of the processes started from here.
-    subprocess.run([sys.executable, Path(__file__).with_name("limits.py")], check=True)
-    for name, steps, in_turn in zip(SHAPES, (200, 10, 4), (20, 2, 1), strict=True):
-        if options.shape in (None, name):
-            compare(name, contenders, options.steps or steps, in_turn, options.threads or _core.num_threads())
+        return turns.serve(lambda: make(**options.work))
+    if options.steps < 0:
+        parser.error(f"--steps is {options.steps}, expected at least 1")
+    settings = report.settings(parser, options, dtypes=options.dtype)
+    report.run_alone(settings, rows(settings, options.shape, options.steps, options.compile), COLUMNS)
 
 
 if __name__ == "__main__":
