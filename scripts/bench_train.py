@@ -116,8 +116,8 @@ def pytorch(shape: dict[str, int], device: str, dtype: str, compiled: bool, thre
 
 
 def make(maker: str, **work: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A process: the plan, or a contender. A contender answers a number of steps with the seconds of one, and 0 with
-    the bytes that it held at most."""
+    """A process: the plan, or a contender. A contender answers a number of steps with the seconds of one and this
+    number, and 0 with the bytes that it held at most."""
     if maker == "plan":
         return plan(**work), lambda question: None
     importlib.import_module("torch" if maker == "pytorch" else "mlxgpt.training.trainer")  # no model's memory
@@ -140,7 +140,7 @@ def make(maker: str, **work: Any) -> tuple[Any, Callable[[Any], Any]]:
         if steps > 1:
             seconds(1)  # wakes threads, and is short
         peak = turns.process_peak_bytes()
-        return seconds(steps) if steps else {"held": held() or peak - before, "process": peak}
+        return (seconds(steps), steps) if steps else {"held": held() or peak - before, "process": peak}
 
     first = seconds(1)  # compiles, allocates, starts threads
     return first if first > 5 else seconds(1), answer
@@ -257,49 +257,52 @@ def compare(
             between=lambda: peaks.measure(sorted(own_types)),
         )
         for contender in ready:
-            contender.answers = [seconds for seconds in contender.answers for _ in range(in_turn[contender.name])]
             memory[contender.name] = contender.ask(0, 60)
+
+
+def sharing_memory(settings: Settings, plan: dict[str, Any], all_of_them: list[Contender]) -> list[list[Contender]]:
+    """The contenders in groups that memory holds at once: all, or those of each type, or each alone."""
+    by_type = [[c for c in all_of_them if c.dtype == dtype] for dtype in plan["bytes"]]
+    for groups in ([all_of_them], by_type):
+        needed = [sum(1.5 * plan["bytes"][c.dtype] for c in group) for group in groups]  # PyTorch takes more than ours
+        if max(needed) < 0.8 * memory_there(settings):
+            return [group for group in groups if group]
+    return [[contender] for contender in all_of_them]
 
 
 def of_shape(
     settings: Settings, name: str, plan: dict[str, Any], peaks: Peaks, seconds: float, steps: int, compiled: bool
 ) -> Iterator[Row]:
-    """The rows of a shape. Where the memory doesn't hold all contenders at once, they run one after the other."""
-    group = contenders(settings, name, list(plan["bytes"]), compiled and not settings.quick)
-    for contender in group:
+    """The rows of a shape."""
+    everyone = contenders(settings, name, list(plan["bytes"]), compiled and not settings.quick)
+    for contender in everyone:
         contender.stopped = reason_to_leave_out(settings, plan, contender, peaks, seconds)
-    taking_part = [contender for contender in group if not contender.stopped]
-    needed = sum(1.5 * plan["bytes"][contender.dtype] for contender in taking_part)  # PyTorch takes more than ours
-    at_once = [taking_part] if needed < 0.8 * memory_there(settings) else [[contender] for contender in taking_part]
+    groups = sharing_memory(settings, plan, [contender for contender in everyone if not contender.stopped])
     memory: dict[str, dict[str, int]] = {}
     interrupt: list[KeyboardInterrupt] = []
     try:
-        for members in at_once:
-            compare(settings, members, memory, peaks, seconds / len(at_once), steps)
+        for group in groups:
+            compare(settings, group, memory, peaks, seconds / len(groups), steps)
     except KeyboardInterrupt as stop:  # the rows tell what was measured until then
         interrupt.append(stop)
     shape, batch = (SHAPES | TOY)[name]
-    medians = {c.name: statistics.median(c.answers) for c in group if c.answers}
-    ours = next((medians[c.name] for c in group if c.is_ours and c.answers), None)
-    for contender in group:
+    medians = {c.name: statistics.median(taken for taken, _ in c.answers) for c in everyone if c.answers}
+    ours = [contender for contender in everyone if contender.is_ours]
+    base = next((medians[contender.name] for contender in ours if contender.name in medians), None)
+    in_turns = {contender.name for group in groups if len(group) > 1 for contender in group}
+    for contender in everyone:
         row: Row = {"model": shown(shape, batch), "contender": contender.name, **contender.why()}
         if median := medians.get(contender.name):
-            row |= {
-                "step_ms": 1e3 * median,
-                "tokens_per_s": batch * shape["block_size"] / median,
-                "time_over_ours": median / medians.get(f"mlxgpt, {contender.dtype}", ours) if ours else None,
-                "steps": len(contender.answers),
-                "in_turns": len(at_once) == 1,
-            }
-            if contender.dtype in {c.dtype for c in taking_part if c.is_ours}:  # else its peak is not the hardware's
+            row |= {"step_ms": 1e3 * median, "tokens_per_s": batch * shape["block_size"] / median}
+            row |= {"steps": sum(n for _, n in contender.answers), "in_turns": contender.name in in_turns}
+            row |= {"time_over_ours": median / medians.get(f"mlxgpt, {contender.dtype}", base)} if base else {}
+            if any(own.dtype == contender.dtype and own.answers for own in ours):  # else MLX's rate is not the device's
                 row["mfu"] = plan["flops"] / median / peaks.products[contender.dtype]
-            if peaks.multiply_adds:
+            if peaks.multiply_adds and contender.dtype == "float32":
                 row["share_of_multiply_adds"] = plan["flops"] / median / peaks.multiply_adds
         if found := memory.get(contender.name):
             row |= {"memory_held_mb": found["held"] / 1e6, "process_peak_mb": found["process"] / 1e6}
-        if contender.is_ours:
-            row["memory_predicted_mb"] = plan["bytes"][contender.dtype] / 1e6
-        yield row
+        yield row | ({"memory_predicted_mb": plan["bytes"][contender.dtype] / 1e6} if contender.is_ours else {})
     if interrupt:
         raise interrupt[0]
 

@@ -55,10 +55,6 @@ class Settings:
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return {**os.environ, **offline, "MLXGPT_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
 
-    @property
-    def has_pytorch(self) -> bool:
-        return self.machine["torch"] is not None
-
 
 # ---- the machine ----
 
