@@ -150,27 +150,20 @@ def plan(device: str, dtypes: Sequence[str], shapes: Sequence[str]) -> dict[str,
     """For each shape the FLOPs of a step, and for each type the bytes that a step is predicted to hold at most."""
     import mlx.core as mx
 
-    from mlxgpt.cpu import extension
-    from mlxgpt.inspect import memory_on_kernels, memory_on_mlx
     from mlxgpt.model import ops
     from mlxgpt.model.config import GPTConfig
     from mlxgpt.model.gpt import GPT
     from mlxgpt.training.device import training_flops
+    from mlxgpt.training.footprint import step_memory
 
     ops.use_device(device)
-
-    def bytes_held(model: GPT, batch: int, dtype: mx.Dtype) -> int:
-        if extension.available(dtype):
-            return memory_on_kernels(model, batch, False).total
-        return memory_on_mlx(model, batch, False, dtype).total
-
     plans = {}
     for name in shapes:
         shape, batch = (SHAPES | TOY)[name]
         model = GPT(GPTConfig(**shape))  # MLX is lazy: it takes no memory
         plans[name] = {
             "flops": training_flops(model.config) * batch * shape["block_size"],
-            "bytes": {dtype: bytes_held(model, batch, getattr(mx, dtype)) for dtype in dtypes},
+            "bytes": {dtype: step_memory(model, batch, False, getattr(mx, dtype)).total for dtype in dtypes},
         }
     return plans
 
@@ -198,8 +191,8 @@ class Peaks:
 
 
 def memory_there(settings: Settings) -> float:
-    """Bytes."""
-    return 1e9 * float(settings.machine["gpu_memory_gb"] or settings.machine["memory_gb"])
+    """Bytes that the device can give."""
+    return 1e9 * float(settings.machine["free_memory_gb"] or settings.machine["memory_gb"])
 
 
 def reason_to_leave_out(
@@ -207,8 +200,8 @@ def reason_to_leave_out(
 ) -> str:
     """Why a contender does not train a shape here; empty if it does."""
     there, needed = memory_there(settings), plan["bytes"].get(contender.dtype, 0)
-    if needed > 0.8 * there:
-        return f"it needs {needed / 1e9:.1f} GB, and the machine has {there / 1e9:.1f}"
+    if needed > 0.9 * there:
+        return f"it needs {needed / 1e9:.1f} GB, and {there / 1e9:.1f} are free"
     if not contender.is_ours or not (rate := peaks.products[contender.dtype]):
         return ""
     if settings.device == "cpu" and contender.dtype != "float32" and not settings.dtypes:

@@ -65,6 +65,7 @@ def describe(threads: int | None) -> dict[str, Any]:
 
     import mlxgpt
     from mlxgpt.cpu import extension
+    from mlxgpt.training import device_memory
 
     on_gpu = mx.default_device().type == mx.gpu
     gpu = mx.device_info(mx.gpu) if on_gpu else {}
@@ -76,7 +77,7 @@ def describe(threads: int | None) -> dict[str, Any]:
         backend = f"the extension's kernels ({kernels.isa()}), {threads} threads"
     else:
         backend = "MLX on the CPU"
-    gpu_bytes = gpu.get("memory_size") or gpu.get("total_memory")  # of Metal, of CUDA
+    memory = device_memory.available()
     return {
         **(_mac() if sys.platform == "darwin" else _linux()),
         "architecture": platform.machine(),
@@ -85,7 +86,8 @@ def describe(threads: int | None) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],  # above 0 where other work runs
         "device": "gpu" if on_gpu else "cpu",
         "gpu": gpu.get("device_name"),
-        "gpu_memory_gb": gpu_bytes / 1e9 if gpu_bytes else None,
+        "device_memory_gb": memory.total / 1e9 if memory else None,
+        "free_memory_gb": memory.free / 1e9 if memory else None,
         "backend": backend,
         "threads": threads,
         "kernels": kernels is not None and not on_gpu,

@@ -144,7 +144,7 @@ def test_who_fails_or_is_too_slow_says_why_and_the_others_go_on(scripts):
 
 def test_a_shape_is_left_out_where_it_would_not_fit_or_would_take_too_long(scripts):
     train, report, turns = map(scripts, ("bench_train", "report", "turns"))
-    settings = report.Settings({"device": "cpu", "gpu_memory_gb": None, "memory_gb": 8.0, "kernels": False})
+    settings = report.Settings({"device": "cpu", "free_memory_gb": 8.0, "kernels": False})
     peaks = train.Peaks(settings, turns.Contender("limits", []))
     peaks.products = {"float32": 1e9, "bfloat16": 1e9}
 
@@ -153,8 +153,8 @@ def test_a_shape_is_left_out_where_it_would_not_fit_or_would_take_too_long(scrip
         return train.reason_to_leave_out(settings, plan, turns.Contender("c", [], dtype, is_ours), peaks, seconds=60)
 
     assert reason() == ""
-    assert reason(gigabytes=7.0) == "it needs 7.0 GB, and the machine has 8.0"
-    assert reason(gigabytes=7.0, is_ours=False) == "it needs 7.0 GB, and the machine has 8.0"
+    assert reason(gigabytes=7.5) == "it needs 7.5 GB, and 8.0 are free"
+    assert reason(gigabytes=7.5, is_ours=False) == "it needs 7.5 GB, and 8.0 are free"
     assert reason(seconds_of_step=30) == "a step takes at least 30 s at 1.0 GFLOP/s"
     assert reason(seconds_of_step=30, is_ours=False) == ""
     assert "--dtype asks for it" in reason(dtype="bfloat16")
