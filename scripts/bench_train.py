@@ -35,7 +35,7 @@ TOY: dict[str, tuple[dict[str, int], int]] = {
     "toy": (dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=32), 2),
 }
 STEPS = {"small": 200, "medium": 10, "gpt2": 4, "toy": 2}  # counted, if the time allows
-SHARES = {"small": 1, "medium": 2, "gpt2": 5, "toy": 1}  # of the time
+SHARES = {"small": 2, "medium": 3, "gpt2": 6, "toy": 1}  # of the time
 ADAMW = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
 DTYPES = report.DTYPES[:2]
 TURN = 0.5  # seconds of steps in a turn, or one step
@@ -239,7 +239,7 @@ def compare(
     """Contenders train a shape by turns, and keep their answers; what each held goes into `memory`, by its name."""
     own_types = {contender.dtype for contender in group} & set(peaks.products)
     end = time.perf_counter() + seconds
-    with turns.started(group, settings.environment, seconds, settings.tell):
+    with turns.started(group, settings.environment, 0.7 * seconds, settings.tell):  # the rest is for turns
         ready = [contender for contender in group if not contender.stopped]
         in_turn = {c.name: 1 if settings.quick else max(1, min(20, steps, int(TURN / c.ready))) for c in ready}
         turns.take_turns(
@@ -267,6 +267,7 @@ def of_shape(
     settings: Settings, name: str, plan: dict[str, Any], peaks: Peaks, seconds: float, steps: int, compiled: bool
 ) -> Iterator[Row]:
     """The rows of a shape."""
+    end = time.perf_counter() + seconds
     everyone = contenders(settings, name, list(plan["bytes"]), compiled and not settings.quick)
     for contender in everyone:
         contender.stopped = reason_to_leave_out(settings, plan, contender, peaks, seconds)
@@ -274,8 +275,9 @@ def of_shape(
     memory: dict[str, dict[str, int]] = {}
     interrupt: list[KeyboardInterrupt] = []
     try:
-        for group in groups:
-            compare(settings, group, memory, peaks, seconds / len(groups), steps)
+        for n, group in enumerate(groups):  # what one does not use of its time goes to those behind it
+            left, waiting = end - time.perf_counter(), sum(map(len, groups[n:]))
+            compare(settings, group, memory, peaks, left * len(group) / waiting, steps)
     except KeyboardInterrupt as stop:  # the rows tell what was measured until then
         interrupt.append(stop)
     shape, batch = (SHAPES | TOY)[name]

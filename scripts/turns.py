@@ -121,7 +121,7 @@ class Contender:
     def end(self) -> None:
         """Ends its process, and those that it has started."""
         if self._process:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS's answer for one that has ended
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._errors.close()
