@@ -95,7 +95,7 @@ def measure(settings: report.Settings, parts: list[str], minutes: float, result:
 
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--dtype", nargs="+", choices=bench_train.DTYPES, default=(), help="of training and attention")
+    parser.add_argument("--dtype", nargs="+", choices=report.DTYPES, default=(), help="only these types")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     parser.add_argument("--quick", action="store_true", help="one small turn of everything: whether all runs")
     parser.add_argument("--minutes", type=float, help=f"about how long it may take (default: {MINUTES})")
