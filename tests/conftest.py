@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,15 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=text, timeout=600)
 
     return run
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Processes that are started heed Ctrl-C: one that a shell starts in the background ignores it, as do its own, and
+    these tests may be one."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, ours)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_bad_usage_is_one_line(flags, named, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_measured_before_an_interrupt_is_kept(tmp_path):
+def test_what_was_measured_before_an_interrupt_is_kept(heeds_ctrl_c, tmp_path):
     file = tmp_path / "b.json"
     with subprocess.Popen(TOY, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         while run.poll() is None and not (file.exists() and '"limits"' in file.read_text()):

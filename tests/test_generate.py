@@ -256,17 +256,11 @@ def test_verbose_ends_with_times_on_standard_error(command):
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",), ("--json", "--num_samples", "2")])
-def test_ctrl_c_prints_the_samples_so_far(directory, flags):
+def test_ctrl_c_prints_the_samples_so_far(directory, heeds_ctrl_c, flags):
     words = [sys.executable, "-u", "-m", "mlxgpt.generate", "--model", str(directory), "--prompt", "abc", *flags]
     master, terminal = pty.openpty()  # the progress bar on standard error shows that sampling has begun
     words += ["--max_new_tokens", "10000000"]
-    # A process that a shell starts in the background ignores Ctrl-C, and these tests may be one.
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, text=True)
-    finally:
-        signal.signal(signal.SIGINT, ours)
-    with process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, text=True) as process:
         assert process.stdout is not None
         head = process.stdout.read(20) if not flags else os.read(master, 1)
         time.sleep(0.5)
