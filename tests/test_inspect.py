@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import pytest
 
@@ -90,9 +92,12 @@ def test_flops_and_memory_are_those_of_the_shapes(capsys, wide):
 
 def test_memory_with_and_without_checkpointed_blocks(capsys, wide):
     without, checkpointed = (screen(capsys, "shakespeare-char", *flags) for flags in ([], ["--grad_checkpoint"]))
-    totals = row(without, "training in total").split()[3:7]
-    assert totals == row(checkpointed, "without grad_checkpoint").split()[2:6]
-    assert row(without, "with grad_checkpoint").split()[2:6] == row(checkpointed, "training in total").split()[3:7]
+
+    def sizes(text: str, title: str) -> list[str]:
+        return re.findall(r"[\d.]+ [MG]B", row(text, title))  # the kernels', where they are there, and MLX's
+
+    assert sizes(without, "training in total") == sizes(checkpointed, "without grad_checkpoint")
+    assert sizes(without, "with grad_checkpoint") == sizes(checkpointed, "training in total") != []
     assert row(without, "activations") != row(checkpointed, "activations")
 
 

@@ -54,8 +54,9 @@ def test_a_wheel_is_tagged_for_the_macos_that_the_extension_is_built_for():
     assert tag[1] == binary[1]
 
 
-def test_running_from_a_checkout_finds_the_installed_extension(tmp_path):
+def test_running_from_a_checkout_finds_the_installed_extension(monkeypatch, tmp_path):
     pytest.importorskip("mlxgpt._core")
+    monkeypatch.delenv("MLXGPT_KERNELS", raising=False)
     check = "import sys; sys.path.insert(0, ''); import mlxgpt.cpu.extension as e; print(e.is_there())"
     for folder in (ROOT, tmp_path):
         result = subprocess.run([sys.executable, "-c", check], cwd=folder, capture_output=True, text=True, check=True)

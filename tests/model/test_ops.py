@@ -15,7 +15,8 @@ from mlxgpt.model.cache import KVCache
 from mlxgpt.model.config import GPTConfig
 from mlxgpt.model.gpt import GPT
 
-pytest.importorskip("mlxgpt._core")
+if not extension.is_there():
+    pytest.skip("the extension is not there", allow_module_level=True)
 
 rng = np.random.default_rng(0)
 
