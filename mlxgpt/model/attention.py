@@ -24,7 +24,7 @@ def way(q: mx.array, dropout_p: float) -> Way:
     """How attention is computed where it may have a gradient. q (B, n_head, T_q, head_dim).
 
     "mlx" is MLX's own function, which has a fused gradient on CUDA. "blocks" is BlockedAttention, and "fused forward"
-    the same with MLX's kernel for the forward pass, which has no gradient on Metal.
+    the same with MLX's kernel for the forward pass. MLX's gradient on Metal holds more (scripts/LOG.md).
     """
     if _forced:
         return _forced[-1]

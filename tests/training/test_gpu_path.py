@@ -1,16 +1,19 @@
 """What the GPU's path asks of MLX, found by walking the lazy graphs that it builds. Nothing is computed.
 
 scripts/LOG.md says for each primitive which Metal kernel serves it, and these tests allow no other one. MLX's CPU
-device, on which they run, takes the slow form of its fast functions: their own primitives are in the table too.
+device, on which they run, takes the slow form of mx.fast's functions, so calls of those are looked at as well. Graphs
+do not tell which device an operation runs on: a test of its own sees that none is sent to another one.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -18,6 +21,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlxgpt
+from mlxgpt.formats import mlx_arrays, quantized
+from mlxgpt.formats.tensors import Tensor
+from mlxgpt.generation import decoding, sampling
 from mlxgpt.generation.sampling import Sampler
 from mlxgpt.model import lora, ops
 from mlxgpt.model.cache import KVCache
@@ -30,6 +37,7 @@ from mlxgpt.training.trainer import Trainer
 LOG = Path(__file__).parents[2] / "scripts" / "LOG.md"
 MOST_ELEMENTS = 2**31 - 1  # of an array: many of Metal's kernels count with 32 bits
 DTYPES = {mx.float32, mx.float16, mx.bfloat16, mx.bool_, mx.int32, mx.uint32, mx.uint64, mx.int64}
+REFUSE_8_BYTES = {"Scatter", "ScatterAxis"}
 SMALL = dict(n_layer=2, n_head=2, n_embd=64, block_size=160, vocab_size=300)
 
 
@@ -39,11 +47,22 @@ def by_mlx(switch_off_kernels):
     switch_off_kernels()
 
 
+class Lazy(list[mx.array]):
+    """Arrays that a failing test shows without their values, which would have to be computed."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} arrays"
+
+
 @pytest.fixture
-def submitted(monkeypatch) -> list[mx.array]:
+def submitted(monkeypatch) -> Lazy:
     """The arrays that were given to mx.async_eval, which does nothing more."""
-    arrays: list[mx.array] = []
-    monkeypatch.setattr(mx, "async_eval", lambda *trees: arrays.extend(a for _, a in tree_flatten(list(trees))))
+    arrays = Lazy()
+
+    def submit(*trees: Any) -> None:
+        arrays.extend(a for _, a in tree_flatten(list(trees)) if isinstance(a, mx.array))
+
+    monkeypatch.setattr(mx, "async_eval", submit)
     return arrays
 
 
@@ -73,6 +92,7 @@ def primitives(arrays: list[mx.array]) -> set[str]:
 
 
 def require_served(arrays: list[mx.array]) -> None:
+    __tracebackhide__ = True
     missing = primitives(arrays) - served()
     assert not missing, f"{missing}: read their Metal kernels, and add them to the table in scripts/LOG.md"
 
@@ -100,29 +120,72 @@ def test_an_evaluation(activation):
     require_served([model.loss(ids, ids)])
 
 
+EVERY_SETTING = Sampler(
+    temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, typical_p=0.9, repetition_penalty=1.1, seed=1,
+    logit_bias={3: 1.0},
+)  # fmt: skip
+
+
+def generated(model: GPT, T: int, B: int = 2) -> list[mx.array]:
+    """What becomes of a prompt of T tokens and of one token after it: the tokens chosen, their log-probabilities, and
+    the cache."""
+    model.eval()
+    config = model.config
+    cache = KVCache(config.n_layer, config.block_size, B, model.head.dtype)
+    model.next_logits(mx.zeros((B, T), mx.int32), cache)
+    logits = model.next_logits(mx.zeros((B, 1), mx.int32), cache).astype(mx.float32)
+    u = next(sampling.uniforms(1, B))
+    drawn = EVERY_SETTING(logits, mx.zeros(logits.shape, mx.bool_), u)
+    greedy = Sampler(temperature=0)(logits)
+    return [drawn, greedy, sampling.logprobs(logits, drawn), *cache.keys, *cache.values]
+
+
+def quantize(model: GPT, bits: int) -> GPT:
+    for module in (m for m in model.modules() if isinstance(m, MatrixModule)):
+        module.weight, module.scales, module.biases = mx.quantize(module.weight, group_size=64, bits=bits)
+        module.group_size = 64
+    return model
+
+
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_generation(bits):
     model = GPT(GPTConfig(**SMALL))
-    model.eval()
-    if bits:
-        for module in (m for m in model.modules() if isinstance(m, MatrixModule) and m is not model.wpe):
-            module.weight, module.scales, module.biases = mx.quantize(module.weight, group_size=64, bits=bits)
-            module.group_size = 64
-    cache = KVCache(2, 160, 2)
-    model.next_logits(mx.zeros((2, 20), mx.int32), cache)
-    logits = model.next_logits(mx.zeros((2, 1), mx.int32), cache)
-    sampler = Sampler(
-        temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, typical_p=0.9, repetition_penalty=1.1, seed=1,
-        logit_bias={3: 1.0},
-    )  # fmt: skip
-    drawn = sampler(logits.astype(mx.float32), mx.zeros((2, 300), mx.bool_), np.array([0.3, 0.6]))
-    require_served([drawn, Sampler(temperature=0)(logits.astype(mx.float32)), *cache.keys, *cache.values])
+    require_served(generated(quantize(model, bits) if bits else model, 20))
+
+
+def test_loading(monkeypatch):
+    """As on a GPU, where arrays are made from NumPy's; and quantized weights as they are written."""
+    bits_of_bfloat16 = Tensor("bfloat16", (4, 64), lambda: np.zeros((4, 64), np.uint16))
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.gpu))
+    (loaded,) = mlx_arrays.load_arrays({"wte.weight": bits_of_bfloat16}, Path("model"), None).values()
+    assert loaded.dtype == mx.bfloat16
+    assert primitives([loaded]) == {"View"}
+    require_served(
+        [loaded, mlx_arrays.to_mlx(bits_of_bfloat16), *quantized.quantize({"w": mx.zeros((4, 64))}, 4).values()]
+    )
+
+
+def test_adapters_that_are_merged():
+    model = GPT(GPTConfig(**SMALL))
+    lora.add(model, lora.LoRA(4, 8.0, ("attn.c_attn",)))
+    require_served([lora.correction(model.h[0].attn.c_attn)])
 
 
 def test_a_primitive_that_metal_does_not_have_is_found():
     x = mx.ones((4, 4))
     with pytest.raises(AssertionError, match=r"Inverse.*LOG\.md"):
         require_served([mx.linalg.inv(x @ x, stream=mx.cpu)])
+    with pytest.raises(AssertionError, match=r"SVD.*LOG\.md"):
+        require_served(list(mx.linalg.svd(x @ x, stream=mx.cpu)))
+
+
+def test_no_operation_is_sent_to_another_device():
+    """Neither by an argument of its own nor by a `with mx.stream(...)`."""
+    files = list(Path(mlxgpt.__file__).parent.rglob("*.py"))
+    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    assert len(files) > 50
+    assert not [ast.unparse(c) for c in calls if any(k.arg == "stream" for k in c.keywords)]
+    assert not [ast.unparse(c) for c in calls if ast.unparse(c.func) in ("mx.stream", "mx.new_stream")]
 
 
 def test_a_compiled_update_is_one_kernel_for_each_parameter():
@@ -190,11 +253,13 @@ def arrays_of(results: list[mx.array]) -> list[tuple[str, tuple[int, ...], mx.Dt
 
 
 def require_types_and_sizes(results: list[mx.array]) -> None:
+    __tracebackhide__ = True
     found = arrays_of(results)
     assert len(found) > 20
     for name, shape, dtype in found:
         assert dtype in DTYPES, f"{name} {shape} is {dtype}, which Metal does not have"
         assert math.prod(shape) <= MOST_ELEMENTS, f"{name} {shape} has more than 2^31 - 1 elements"
+        assert name not in REFUSE_8_BYTES or dtype.size < 8, f"{name} {shape} is {dtype}, which Metal's kernel refuses"
         assert len(shape) <= 8
 
 
@@ -208,6 +273,28 @@ def test_types_and_sizes_in_training(custom, preset, dtype):
     ids = mx.zeros((4 * PRESETS[preset]["batch_size"], model.config.block_size), mx.int32)
     loss = model.loss(ids, ids)
     require_types_and_sizes([loss, *gradients_of(custom)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_types_and_sizes_of_a_step(custom, submitted, dtype, lora_rank):
+    """With the weights' casts, two micro-batches, the loss scale and the optimizer."""
+    model = GPT(shape_of("gpt2", dropout=0.1))
+    if lora_rank:
+        lora.add(model, lora.LoRA(lora_rank, 8.0, lora.LAYERS))
+    trainer = Trainer(model, TrainConfig(dtype=dtype, model=model.config))
+    ids = np.zeros((PRESETS["gpt2"]["batch_size"], model.config.block_size), np.int32)
+    trainer.step([(ids, ids)] * 2)
+    require_types_and_sizes([*submitted, *gradients_of(custom)])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_types_and_sizes_in_an_evaluation(custom, dtype):
+    model = GPT(shape_of("gpt2-xl"))
+    model.apply(lambda w: w.astype(dtype))
+    model.eval()
+    ids = mx.zeros((64, 1024), mx.int32)
+    require_types_and_sizes([model.loss(ids, ids)])
 
 
 def test_types_and_sizes_of_an_update():
@@ -227,7 +314,34 @@ def test_a_type_and_a_size_that_metal_does_not_have_are_found():
         require_types_and_sizes([*results, mx.zeros((2**16, 1)) + mx.zeros((1, 2**16))])
 
 
-@pytest.mark.parametrize("preset", ["shakespeare-char", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
-def test_heads_of_the_presets_have_a_fused_kernel(preset):
-    config = shape_of(preset)
-    assert config.n_embd // config.n_head in (64, 80, 96, 128)
+# ---- generation, and MLX's fused attention in it ----
+
+
+@pytest.fixture
+def queries(monkeypatch) -> Lazy:
+    """The queries that MLX's attention was called with."""
+    given = Lazy()
+    attention = mx.fast.scaled_dot_product_attention
+
+    def call(q: mx.array, *args: Any, **options: Any) -> mx.array:
+        given.append(q)
+        return attention(q, *args, **options)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", call)
+    return given
+
+
+def is_fused(q: mx.array) -> bool:
+    """Whether Metal has a kernel for attention of these queries, (B, n_head, T_q, head_dim)."""
+    return q.shape[3] in ((64, 72, 80, 96, 128) if q.shape[2] > 8 else (64, 96, 128))
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("bits", [None, 4])
+def test_types_and_sizes_in_generation(custom, queries, preset, bits):
+    model = GPT(shape_of(preset))
+    model.apply(lambda w: w.astype(mx.bfloat16))
+    T = min(decoding.PREFILL_CHUNK, model.config.block_size - 1)
+    require_types_and_sizes(generated(quantize(model, bits) if bits else model, T))
+    assert {q.shape[2] for q in queries} == {T, 1}
+    assert all(map(is_fused, queries)) == (preset != "cpu")  # whose heads of 32 are for processors
