@@ -134,7 +134,7 @@ def make(maker: str, **work: Any) -> tuple[Any, Callable[[Any], Any]]:
     rng = np.random.default_rng(0)
 
     def seconds(steps: int) -> float:
-        """Of each of so many steps."""
+        """The mean time of a step, over so many steps."""
         ids = rng.integers(0, shape["vocab_size"], (steps, batch, shape["block_size"] + 1)).astype(np.int32)
         batches = [(np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])) for window in ids]
         start = time.perf_counter()

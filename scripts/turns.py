@@ -51,7 +51,7 @@ def serve(make: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
 
 
 def process_peak_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """The most memory that this process has held so far. (console.peak_memory is not there in others' Pythons.)"""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -110,9 +110,11 @@ class BlockedAttention:
             dq.append((dscores @ keys) * scale)
             dk = dscores.swapaxes(-1, -2) @ (rows * scale)  # (B, n_head, n_keys, head_dim)
             new = [dk.astype(mx.float32), dv.astype(mx.float32)]
-            for sum_, parts in zip(sums, done, strict=False):
-                parts.append(mx.contiguous(sum_[:, :, n_keys:]))
-            sums = [sum_[:, :, :n_keys] + one for sum_, one in zip(sums, new, strict=True)] if sums else new
+            if sums:
+                for sum_, parts in zip(sums, done, strict=True):
+                    parts.append(mx.contiguous(sum_[:, :, n_keys:]))
+                new = [sum_[:, :, :n_keys] + one for sum_, one in zip(sums, new, strict=True)]
+            sums = new
         for sum_, parts in zip(sums, done, strict=True):
             parts.append(sum_)
         dk, dv = (mx.concatenate(parts[::-1], axis=2).astype(q.dtype) for parts in done)

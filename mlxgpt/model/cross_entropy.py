@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from .differentiable import after
+from .differentiable import Differentiable, after
 from .matrices import Matrix, product, product_gradient
 
 LOGITS = 2**22  # in a chunk, at least: with much fewer a GPU would not be busy
@@ -23,7 +23,8 @@ def linear_mean_loss(
     In training the gradients are computed together with the loss, from the same logits. Else the loss alone is, and
     its gradient takes the logits once more. A frozen matrix has no gradient, and a quantized one never has.
     """
-    chunked = _Chunked(matrix, targets, is_frozen or not isinstance(matrix, mx.array))
+    trained = [] if is_frozen or not isinstance(matrix, mx.array) else [matrix]
+    chunked = _Chunked(matrix, targets, is_frozen=not trained)
     at_once: list[list[mx.array]] = []
 
     def forward(x: mx.array, *_: mx.array) -> mx.array:
@@ -33,18 +34,13 @@ def linear_mean_loss(
         at_once.append(gradients)
         return loss
 
-    function = mx.custom_function(forward)
-
-    @function.vjp
-    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        primals = primals if isinstance(primals, (tuple, list)) else (primals,)
-        gradients = at_once.pop() if at_once else chunked.loss_and_gradients(primals[0])[1:]
+    def backward(arrays: Sequence[mx.array], _: mx.array, cotangent: mx.array) -> list[mx.array]:
+        gradients = at_once.pop() if at_once else chunked.loss_and_gradients(arrays[0])[1:]
         # A float16 gradient is multiplied by the loss scale, which the cotangent has, before it is divided by N.
         factor = cotangent / _count(targets)
-        scaled = [(g * factor).astype(a.dtype) for g, a in zip(gradients, primals, strict=True)]
-        return tuple(scaled) if len(scaled) > 1 else scaled[0]
+        return [(g * factor).astype(a.dtype) for g, a in zip(gradients, arrays, strict=True)]
 
-    return function(x) if chunked.is_frozen else function(x, matrix)  # type: ignore[return-value]
+    return Differentiable(forward, backward)(x, *trained)
 
 
 def chunk_rows(N: int, C: int, V: int) -> int:
@@ -59,7 +55,7 @@ class _Chunked:
     """The sum of the losses over chunks of rows, each of which is made to wait for the one before it."""
 
     def __init__(self, matrix: Matrix, targets: mx.array, is_frozen: bool) -> None:
-        self._matrix, self._targets, self.is_frozen = matrix, targets, is_frozen
+        self._matrix, self._targets, self._is_frozen = matrix, targets, is_frozen
 
     def _chunks(self, N: int) -> list[slice]:
         count = -(-N // chunk_rows(N, *reversed(self._matrix.shape)))
@@ -92,7 +88,7 @@ class _Chunked:
     def _add(self, sums: list[mx.array], loss: mx.array, dlogits: mx.array, part: mx.array) -> list[mx.array]:
         """The sums of the losses and, unless it is frozen, of the matrix's gradient, with those of one more chunk."""
         total = [sum(sums[:1], loss)]
-        if self.is_frozen:
+        if self._is_frozen:
             return total
         if not sums:
             return [*total, (dlogits.T @ part).astype(mx.float32)]  # (V, n) (n, C) -> (V, C)

@@ -41,7 +41,7 @@ class Differentiable:
                 return self.backward([primals], output, cotangent)[0]
             return tuple(self.backward(primals, output, cotangent))
 
-        return function(*arrays)  # type: ignore[return-value]
+        return function(*arrays)  # type: ignore[return-value]  # one array, as forward returns
 
 
 def after(array: mx.array, others: Sequence[mx.array]) -> mx.array:

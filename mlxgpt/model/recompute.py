@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,24 +29,20 @@ def recomputed(module: nn.Module, x: Array, keeps_products: bool) -> Array:
     if isinstance(x, CPUArray):  # the kernels keep no more than this by themselves
         return module(x) if keeps_products else kernels.recomputed(module, x)
     first = _FirstPass(keeps_products)
-    trained: dict[str, mx.array] = dict(tree_flatten(module.trainable_parameters()))  # type: ignore[arg-type]
+    trained: dict[str, mx.array] = dict(tree_flatten(module.trainable_parameters()))  # type: ignore[arg-type]  # pairs
 
     def call(activations: ops.Activations, x: mx.array, *weights: mx.array) -> mx.array:
         with ops.activations_in(activations):
             return with_parameters(module, tree_unflatten(list(zip(trained, weights, strict=True))) or {})(x)
 
-    function = mx.custom_function(functools.partial(call, first))
-
-    @function.vjp
-    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        x, *weights = primals if trained else [primals]  # MLX gives one argument as it is
+    def backward(arrays: Sequence[mx.array], _: mx.array, cotangent: mx.array) -> list[mx.array]:
+        x, *weights = arrays
         second = functools.partial(call, _SecondPass(first, cotangent))
-        _, (dx, *dweights) = mx.vjp(second, [after(x, [cotangent]), *weights], [cotangent])
+        dx, *dweights = mx.vjp(second, [after(x, [cotangent]), *weights], [cotangent])[1]
         # MLX is free to leave the weights' gradients for later, and would then hold the activations of all blocks.
-        dx = after(dx, dweights)
-        return (dx, *dweights) if trained else dx
+        return [after(dx, dweights), *dweights]
 
-    return function(x, *trained.values())  # type: ignore[return-value]
+    return Differentiable(functools.partial(call, first), backward)(x, *trained.values())
 
 
 class _FirstPass(ops.Activations):

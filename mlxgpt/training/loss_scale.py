@@ -43,7 +43,7 @@ class LossScale:
 
     def saved(self) -> dict[str, float]:
         """JSON values to continue from."""
-        return {name: array.item() for name, array in self.state.items()}  # type: ignore[misc]
+        return {name: array.item() for name, array in self.state.items()}  # type: ignore[misc]  # numbers
 
     def restore(self, saved: Mapping[str, float]) -> None:
         """Continues from what saved() returned, in the same dictionary, since a compiled step holds it."""

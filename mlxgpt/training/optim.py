@@ -150,7 +150,7 @@ def global_norm(gradients: Any) -> mx.array:
 
     Elements are divided by the largest first, so that no square is too large for float32.
     """
-    arrays = dict(tree_flatten(gradients)).values()  # type: ignore[arg-type]
+    arrays = dict(tree_flatten(gradients)).values()  # type: ignore[arg-type]  # pairs
     largest, squares = mx.array(1e-30), mx.array(0.0)
     for g in arrays:
         g = after(g, [largest])  # one at a time, as the sum below has intermediates as large as g

@@ -138,7 +138,7 @@ class Trainer:
         for batch in self.on_device(batches):
             losses.append(self._evaluation(*batch))
             mx.async_eval(losses[-1])
-        return mx.stack(losses).tolist() if losses else []  # type: ignore[return-value]
+        return mx.stack(losses).tolist() if losses else []  # type: ignore[return-value]  # of numbers
 
     def _loss_and_gradient(self, sums: Sums | None, x: mx.array, y: mx.array) -> Sums:
         """The loss, and its gradient with respect to the float32 weights that are trained, which is multiplied by the
