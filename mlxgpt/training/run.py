@@ -7,12 +7,11 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from rich.console import Console
 
 from ..common import cli, disk
@@ -21,12 +20,13 @@ from ..cpu import extension
 from ..data import dataset
 from ..data.dataset import Dataset
 from ..data.tokenizer import decode, kind_of
-from ..data.windows import Prefetch, Windows
+from ..data.windows import Prefetch
 from ..generation.decoding import Decoder
 from ..generation.sampling import Sampler
 from ..model import ops
 from ..model.gpt import GPT
-from . import checkpoints, device, device_memory, distributed, fitting, footprint, loggers, plot
+from . import checkpoints, device, device_memory, fitting, footprint, loggers, plot
+from .batches import StepWindows, validation_batches
 from .checkpoints import Checkpoints, TrainingState
 from .distributed import Group
 from .interrupt import Interrupt
@@ -35,7 +35,7 @@ from .optim import learning_rate
 from .origin import Origin, choose_trained, kept_settings, outline
 from .progress import Progress, summary
 from .recipe import TrainConfig
-from .trainer import Batch, Trainer
+from .trainer import Trainer
 
 
 class Run:
@@ -62,7 +62,7 @@ class Run:
         self.config = self._fit(self.config)
         self.model = _build_model(self.config)
         self.windows = StepWindows(self.data.train, self.config, group, self.first_step, saved.get("windows"))
-        self.val_batches = _validation_batches(self.data.val, self.config)
+        self.val_batches = validation_batches(self.data.val, self.config)
         self.trainer = self._restore()
         self.losses = LossMonitor(self.config.spike_threshold, saved)
         self.tokens_before, self.seconds_before = saved.get("tokens", 0), saved.get("seconds", 0.0)
@@ -317,30 +317,6 @@ class Run:
         self._say("\n".join(rest))
 
 
-class StepWindows:
-    """The windows of the training data that each optimizer step takes, and this rank's share of them."""
-
-    def __init__(
-        self, shards: Sequence[np.ndarray], config: TrainConfig, group: Group, first_step: int, drawn: int | None
-    ) -> None:
-        """`drawn` windows were taken by all ranks in the steps before; None if that is not known, as with these
-        settings. ValueError if a step can't be shared by the ranks, or the data is too short for a window."""
-        sizes = config.batch_size, config.gradient_accumulation_steps
-        self.per_step = config.batch_size * config.gradient_accumulation_steps  # of all ranks
-        self._share = distributed.rank_windows(*sizes, group.rank, group.size)
-        self._windows = _windows(shards, config, config.seed, "training")
-        self._first_step, self._drawn = first_step, first_step * self.per_step if drawn is None else drawn
-
-    def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step."""
-        before = self.drawn_after(step - 1)
-        return [self._windows.draw(before + part.start, len(part)) for part in self._share]
-
-    def drawn_after(self, steps: int) -> int:
-        """How many windows all ranks have drawn in that many steps: the position in the data."""
-        return self._drawn + (steps - self._first_step) * self.per_step
-
-
 @dataclass(frozen=True)
 class Best:
     """The lowest validation loss of a run so far, and its step."""
@@ -382,16 +358,6 @@ def _build_model(config: TrainConfig) -> GPT:
     """A model with random weights, which are lazy: they take no memory yet."""
     mx.random.seed(config.seed)
     return GPT(config.model)
-
-
-def _windows(shards: Sequence[np.ndarray], config: TrainConfig, seed: int, name: str) -> Windows:
-    return Windows(shards, config.model.block_size, seed, name, config.model.vocab_size)
-
-
-def _validation_batches(shards: Sequence[np.ndarray], config: TrainConfig) -> list[Batch]:
-    """The batches of every evaluation, always the same ones."""
-    windows, size = _windows(shards, config, config.seed + 1, "validation"), config.batch_size
-    return [windows.draw(n * size, size) for n in range(config.eval_iters)]
 
 
 def _make_directory(config: TrainConfig, group: Group) -> Path:
